@@ -1,0 +1,1 @@
+"""Public for driver authors: everything a storage driver needs."""

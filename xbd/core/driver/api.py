@@ -1,0 +1,192 @@
+"""What a storage driver is: everything a driver author implements or is given.
+
+All offsets, lengths and sizes are bytes.  Sectors do not exist here.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any, Final, Generic, TypeVar
+
+import attrs
+
+API_VERSION: Final = (1, 0)
+"""A driver needs the same major number and at most this minor number."""
+
+ENTRY_POINT_GROUP: Final = "xbd.drivers"
+
+OptionsT = TypeVar("OptionsT")
+T = TypeVar("T")
+
+
+class Capability(enum.Flag):
+    """What an opened device can do beyond reading.  Fixed for as long as it is open."""
+
+    NONE = 0
+    WRITE = enum.auto()
+    FLUSH = enum.auto()
+    """`flush` makes finished writes durable.  Without it every write must be durable itself."""
+    DISCARD = enum.auto()
+    WRITE_ZEROES = enum.auto()
+    """`write_zeroes` is cheaper than writing zeroes; without it the core writes zeroes."""
+    RESIZE = enum.auto()
+
+
+class Concurrency(enum.Enum):
+    """How many calls into one device may be in progress at a time."""
+
+    SERIAL = "serial"
+    PARALLEL = "parallel"
+
+
+@attrs.frozen(kw_only=True)
+class Geometry:
+    """Sizes of an opened device, in bytes."""
+
+    size: int
+    logical_block: int = 512
+    """Offsets and lengths of requests are multiples of this; the guest sees it as sector-size."""
+    physical_block: int = 512
+    request_alignment: int = 1
+    """Offsets and lengths of host I/O through `resolve` must be multiples of this; the core sends
+    what is not aligned through the async methods."""
+    memory_alignment: int = 1
+    """Buffer addresses and lengths must be multiples of this; the core bounces what is not."""
+    discard_granularity: int = 0
+    """0: the device's logical block."""
+    discard_alignment: int = 0
+    max_transfer: int = 1 << 20
+    """No readv or writev is longer than this; the core splits."""
+
+
+@attrs.frozen(kw_only=True)
+class Extent:
+    """A range of the guest's disk."""
+
+    offset: int
+    length: int
+
+
+@attrs.frozen(kw_only=True)
+class HostExtent:
+    """Where a range of the guest's disk lies: in the file open as `fd`, from `offset` on."""
+
+    fd: int
+    offset: int
+    length: int
+
+
+class BlockDevice(abc.ABC):
+    """An opened disk.
+
+    The core guarantees: ranges lie inside the size and are multiples of `logical_block`; buffers
+    meet `memory_alignment`; no method is called without its capability; never two calls at once
+    for a SERIAL driver.
+
+    A method returns when the whole range is done, or raises `DriverError`: there is no short
+    transfer.  No buffer may be kept after the return.  When a call is cancelled, buffers must
+    not be touched any more once it has raised, by no thread and no kernel: either it waits for
+    I/O that cannot be stopped, or it really stops it.
+    """
+
+    @property
+    @abc.abstractmethod
+    def geometry(self) -> Geometry: ...
+
+    @property
+    @abc.abstractmethod
+    def capabilities(self) -> Capability: ...
+
+    @abc.abstractmethod
+    async def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill the buffers, one after the other, from `offset` on."""
+
+    async def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Write the buffers, one after the other, from `offset` on.
+
+        On return the data is outside this process: it survives the death of the daemon.
+        """
+        raise NotImplementedError
+
+    async def flush(self) -> None:
+        """Make durable all writes, discards and zeroes that returned before this call."""
+        raise NotImplementedError
+
+    async def discard(self, extents: Sequence[Extent]) -> None:
+        """Drop the content of the extents; what is read there afterwards is not defined."""
+        raise NotImplementedError
+
+    async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool) -> None:
+        """Make the range read as zeroes; `may_unmap` allows to free the space."""
+        raise NotImplementedError
+
+    async def resize(self, size: int) -> Geometry:
+        """Change the size; returns the new geometry."""
+        raise NotImplementedError
+
+    def resolve(self, offset: int, length: int, *, for_write: bool) -> Sequence[HostExtent] | None:
+        """Where these bytes lie in host files, if they simply lie there.
+
+        No I/O and no waiting.  Extents follow each other and cover at least the first byte of the
+        range, at most the device; an answer may reach beyond the range asked for.  None: use the
+        async methods.  The core caches answers and does the I/O itself until the driver takes
+        them back through `OpenContext.invalidate`; the fds stay open until `aclose`.
+        """
+        return None
+
+    @abc.abstractmethod
+    async def aclose(self) -> None:
+        """Release everything.  Idempotent, called shielded from cancellation, implies no flush."""
+
+
+BlockingRunner = Callable[..., Awaitable[Any]]
+"""``await run_blocking(function, *args)`` runs a blocking call in a thread, limited per device;
+it is never abandoned: on cancellation it still waits for the call to end."""
+
+
+@attrs.frozen(kw_only=True)
+class OpenContext:
+    """What the core hands to a driver's `open`."""
+
+    device_id: str
+    """For logs and error texts, for example ``xbdback3i51712``."""
+    writable: bool
+    """False: open everything read-only, whatever the options say."""
+    run_blocking: BlockingRunner
+    invalidate: Callable[[int, int], Awaitable[None]]
+    """``await invalidate(offset, length)``: forget answers of `resolve` for this range of the
+    guest's disk.  Returns when no I/O through an old answer is in flight any more."""
+    image_dirs: Sequence[Path] = ()
+    """Directories in which files that an image names may be opened; empty: none."""
+
+
+class ProbeScore(enum.IntEnum):
+    """How sure a driver is that content is of its format."""
+
+    NO = 0
+    MAYBE = 1
+    MAGIC = 2
+
+
+@attrs.frozen(kw_only=True)
+class DriverDescriptor(Generic[OptionsT]):
+    """A driver's entry point is an instance of this.  Importing it must do no I/O."""
+
+    name: str
+    """Equals the entry point's name: lower case, ``[a-z0-9-]``."""
+    summary: str
+    """One line for ``xbd drivers list``."""
+    api_version: tuple[int, int]
+    options: type[OptionsT]
+    """A frozen attrs class; each field was made by `option()`."""
+    concurrency: Concurrency
+    capabilities: Capability
+    """The most that a device of this driver can do (for listings)."""
+    open: Callable[[OpenContext, OptionsT], AbstractAsyncContextManager[BlockDevice]]
+    """Opens the disk; raises `OpenFailed` or `ConfigError`.  Leaving the context closes it."""
+    probe: Callable[[bytes], ProbeScore] | None = None
+    """Given an image's first 64 KiB; pure.  Used for warnings only, never to pick a driver."""

@@ -1,0 +1,1 @@
+"""Storage drivers that come with xbd.  Core never imports them: it finds them by entry point."""
