@@ -1,1 +1,76 @@
-"""Public for driver authors: everything a storage driver needs."""
+"""Public for driver authors: everything a storage driver needs, under one name.
+
+``from xbd.core.driver import ...`` is enough to write a driver; docs/driver-authors.md shows how.
+"""
+
+from xbd.core.driver.api import (
+    API_VERSION,
+    ENTRY_POINT_GROUP,
+    BlockDevice,
+    BlockingRunner,
+    Capability,
+    Concurrency,
+    DriverDescriptor,
+    Extent,
+    Geometry,
+    HostExtent,
+    OpenContext,
+    ProbeScore,
+)
+from xbd.core.driver.options import (
+    Converter,
+    OptionInfo,
+    absolute_path,
+    boolean,
+    choice,
+    option,
+    parse_options,
+    positive_int,
+    size,
+    text,
+)
+from xbd.core.driver.spec import DiskSpec
+from xbd.core.errors import (
+    ConfigError,
+    DeviceBroken,
+    DriverError,
+    MediaError,
+    NoSpace,
+    OpenFailed,
+    OptionError,
+    Unsupported,
+)
+
+__all__ = [
+    "API_VERSION",
+    "ENTRY_POINT_GROUP",
+    "BlockDevice",
+    "BlockingRunner",
+    "Capability",
+    "Concurrency",
+    "ConfigError",
+    "Converter",
+    "DeviceBroken",
+    "DiskSpec",
+    "DriverDescriptor",
+    "DriverError",
+    "Extent",
+    "Geometry",
+    "HostExtent",
+    "MediaError",
+    "NoSpace",
+    "OpenContext",
+    "OpenFailed",
+    "OptionError",
+    "OptionInfo",
+    "ProbeScore",
+    "Unsupported",
+    "absolute_path",
+    "boolean",
+    "choice",
+    "option",
+    "parse_options",
+    "positive_int",
+    "size",
+    "text",
+]
