@@ -46,6 +46,7 @@ _LOCK_NAME: Final = "hypervisor.lock"
 _LAST_DOMID_NAME: Final = "last-domid"
 _SHORT_OF: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _HELLO_SECONDS: Final = 10.0
+_STRANGERS: Final = 16  # connections that have not said HELLO yet, or are being refused
 _RETRY_SECONDS: Final = 0.1
 
 _log = structlog.get_logger(__name__)
@@ -107,12 +108,16 @@ class EmbeddedHost:
                 _log.warning("cannot accept a guest", error=error.strerror)
                 await trio.sleep(_RETRY_SECONDS)
                 continue
+            if self._connections >= self.hypervisor.limits.guests + _STRANGERS:
+                connection.close()
+                _log.warning("too many connections to the embedded host")
+                continue
+            self._connections += 1
             nursery.start_soon(self._serve, connection)
 
     async def _serve(self, connection: trio.socket.SocketType) -> None:
         """One connection's life.  Nothing that a guest sends can end more than this task."""
         session = Session(connection, self.hypervisor.limits)
-        self._connections += 1
         try:
             with connection:
                 await self._admit(session)
@@ -123,8 +128,6 @@ class EmbeddedHost:
 
     async def _admit(self, session: Session) -> None:
         try:
-            if self._connections > self.hypervisor.limits.guests:
-                raise WireError(errno.EUSERS, "this host has too many guests")
             first = None
             with trio.move_on_after(_HELLO_SECONDS):
                 first = await session.hello()
@@ -153,9 +156,14 @@ class EmbeddedHost:
         """Give a newcomer its domid; raises `WireError`."""
         guests = self.hypervisor.guests
         domid = self._free_domid() if hello.domid is None else hello.domid
-        if domid in guests:
+        try:
+            if domid in guests:
+                raise WireError(errno.EBUSY, f"domain {domid} is connected already")
+            if len(guests) >= self.hypervisor.limits.guests:
+                raise WireError(errno.EUSERS, "this host has too many guests")
+        except WireError:
             memory.close()
-            raise WireError(errno.EBUSY, f"domain {domid} is connected already")
+            raise
         guest = guests[domid] = EmbeddedGuest(domid, memory)
         if domid > self._last_domid or hello.domid is None:
             self._last_domid = domid

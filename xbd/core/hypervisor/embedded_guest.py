@@ -96,7 +96,7 @@ class _Link:
     def __init__(self, connection: trio.socket.SocketType) -> None:
         self._connection = connection
         self._calls: dict[int, _Call] = {}
-        self._next_id = 1
+        self._next_id = 1  # 0 is for requests whose answers nobody awaits
         self._ended = False
 
     async def ask(self, request: _Request, *fds: int) -> Reply:
@@ -125,6 +125,16 @@ class _Link:
     async def _send(self, request: _Request, ident: int, fds: Sequence[int]) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         await self._connection.sendmsg([attrs.evolve(request, id=ident).encode()], rights)
+
+    def post(self, request: _Request) -> bool:
+        """Send a request at once, so ahead of all later ones; False if that is not possible."""
+        try:
+            os.write(self._connection.fileno(), request.encode())  # trio's sockets never block
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True  # the connection ended, and our ports with it
+        return True
 
     async def run(self) -> None:
         """Hand out the answers until the connection ends, and close it."""
@@ -171,7 +181,7 @@ class GuestDomain:
         self._next_port = 1
         self._link: _Link | None = None
         self._link_changed = trio.Event()
-        self._withdrawals: trio.Nursery | None = None
+        self._nursery: trio.Nursery | None = None
 
     def _memfd(self, name: str, size: int) -> int:
         fd = _sealed_memfd(name, size)
@@ -198,7 +208,7 @@ class GuestDomain:
         try:
             link = await guest._first_join()
             async with trio.open_nursery() as nursery:
-                guest._withdrawals = nursery
+                guest._nursery = nursery
                 nursery.start_soon(guest._keep_connected, link, reconnect)
                 try:
                     yield guest
@@ -284,8 +294,11 @@ class GuestDomain:
 
     def _withdraw(self, port: GuestPort) -> None:
         known = self._ports.pop(port.port, None)
-        if known is not None and self._link is not None and self._withdrawals is not None:
-            self._withdrawals.start_soon(self._link.call, Withdraw(0, port.port))
+        link = self._link
+        if known is None or link is None or link.post(Withdraw(0, port.port)):
+            return
+        assert self._nursery is not None
+        self._nursery.start_soon(link.call, Withdraw(0, port.port))
 
     async def _keep_connected(self, link: _Link, reconnect: bool) -> None:
         while True:
