@@ -3,6 +3,7 @@
 ``from xbd.core.driver import ...`` is enough to write a driver; docs/driver-authors.md shows how.
 """
 
+from xbd.core.driver.access import DeviceAccess
 from xbd.core.driver.api import (
     API_VERSION,
     ENTRY_POINT_GROUP,
@@ -17,6 +18,7 @@ from xbd.core.driver.api import (
     OpenContext,
     ProbeScore,
 )
+from xbd.core.driver.open import open_disk, open_with
 from xbd.core.driver.options import (
     Converter,
     OptionInfo,
@@ -50,6 +52,7 @@ __all__ = [
     "Concurrency",
     "ConfigError",
     "Converter",
+    "DeviceAccess",
     "DeviceBroken",
     "DiskSpec",
     "DriverDescriptor",
@@ -68,6 +71,8 @@ __all__ = [
     "absolute_path",
     "boolean",
     "choice",
+    "open_disk",
+    "open_with",
     "option",
     "parse_options",
     "positive_int",

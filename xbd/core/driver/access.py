@@ -1,0 +1,323 @@
+"""The layer over a driver that everything else uses: any range, any buffer, only known errors.
+
+A driver may trust what it is called with because of what happens here; see `BlockDevice`.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Final
+
+import trio
+
+from xbd.core.driver.api import BlockDevice, Capability, Concurrency, Extent, Geometry, HostExtent
+from xbd.core.driver.buffers import Cursor, aligned_buffer, gather, is_aligned, scatter, total
+from xbd.core.driver.failures import request_error
+from xbd.core.driver.geometry import geometry_problem, request_unit
+from xbd.core.driver.ranges import RangeLock
+from xbd.core.errors import DeviceBroken, DriverError, OpenFailed, Unsupported
+from xbd.core.units import MIB
+
+_log = logging.getLogger(__name__)
+
+_NEEDS_WRITING: Final = (
+    Capability.WRITE | Capability.DISCARD | Capability.WRITE_ZEROES | Capability.RESIZE
+)
+_END_OF_EVERYTHING: Final = 1 << 63
+_zeroes: Final = memoryview(mmap.mmap(-1, MIB, prot=mmap.PROT_READ | mmap.PROT_WRITE))
+"""Never written.  Writable, so that its address can be taken without copying."""
+
+Invalidate = Callable[[int, int], Awaitable[None]]
+"""``await forget(offset, length)``: drop answers of `resolve`, wait for I/O through them."""
+
+
+class DeviceAccess:
+    """An opened disk for the rest of the program.  Offsets and lengths are bytes.
+
+    Raises `DriverError` and nothing else; what a driver should not have raised is logged with its
+    traceback, counted in `bugs`, and becomes a `DriverError` with EIO.  Cancelling a call leaves
+    its buffers alone once the call has raised.
+    """
+
+    def __init__(
+        self, device: BlockDevice, *, device_id: str, concurrency: Concurrency, writable: bool
+    ) -> None:
+        self.device_id = device_id
+        self.capabilities: Capability = device.capabilities
+        """Asked once.  What needs writing is missing on a disk opened read-only."""
+        if not writable or Capability.WRITE not in self.capabilities:
+            self.capabilities &= ~_NEEDS_WRITING
+        self.generation = 0
+        """Grows whenever answers of `resolve` become invalid."""
+        self.bugs = 0
+        """Exceptions from the driver that no driver may raise."""
+        self._device = device
+        self._ranges = RangeLock()
+        self._serial = trio.Lock() if concurrency is Concurrency.SERIAL else None
+        self._listeners: list[Invalidate] = []
+        self._closed = False
+        self._adopt(device.geometry)
+
+    # -- what it is -------------------------------------------------------------------------
+
+    @property
+    def geometry(self) -> Geometry:
+        """Asked when the disk was opened and when it was resized."""
+        return self._geometry
+
+    def _adopt(self, geometry: Geometry) -> None:
+        problem = geometry_problem(geometry)
+        if problem is not None:
+            raise OpenFailed(f"{self.device_id}: the driver's geometry is impossible: {problem}")
+        self._geometry = geometry
+        self._unit = request_unit(geometry)
+        self._chunk = geometry.max_transfer - geometry.max_transfer % self._unit
+
+    # -- data -------------------------------------------------------------------------------
+
+    async def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill the buffers, one after the other, from `offset` on."""
+        end = offset + total(buffers)
+        self._check(offset, end)
+        cursor = Cursor(buffers)
+        for start, stop in self._pieces(offset, end):
+            await self._read_piece(start, stop, cursor.take(stop - start))
+
+    async def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Write the buffers, one after the other, from `offset` on."""
+        end = offset + total(buffers)
+        self._require(Capability.WRITE, "written", errno.EROFS)
+        self._check(offset, end)
+        cursor = Cursor(buffers)
+        for start, stop in self._pieces(offset, end):
+            await self._write_piece(start, stop, cursor.take(stop - start))
+
+    async def _read_piece(self, start: int, stop: int, buffers: Sequence[memoryview]) -> None:
+        low, high = self._widen(start, stop)
+        if (low, high) == (start, stop) and self._fit(buffers):
+            await self._call("reading", low, high, partial(self._device.readv, low, buffers))
+            return
+        bounce = aligned_buffer(high - low, self._geometry.memory_alignment)
+        await self._call("reading", low, high, partial(self._device.readv, low, [bounce]))
+        scatter(bounce[start - low : stop - low], buffers)
+
+    async def _write_piece(self, start: int, stop: int, buffers: Sequence[memoryview]) -> None:
+        low, high = self._widen(start, stop)
+        whole = (low, high) == (start, stop)
+        async with self._ranges.hold(low, high, exclusive=not whole):
+            self._check(start, stop)  # the disk may have shrunk while we waited
+            if not (whole and self._fit(buffers)):
+                bounce = aligned_buffer(high - low, self._geometry.memory_alignment)
+                if not whole:
+                    await self._read_edges(start, stop, bounce)
+                gather(buffers, bounce[start - low : stop - low])
+                buffers = [bounce]
+            await self._call("writing", low, high, partial(self._device.writev, low, buffers))
+
+    async def _read_edges(self, start: int, stop: int, bounce: memoryview) -> None:
+        """Read what a write does not cover of its first and its last block."""
+        low, high = self._widen(start, stop)
+        # The data path writes to resolved extents without asking: take them back first.
+        await self.invalidate(low, high - low)
+        edges = {}
+        if low < start:
+            edges[low] = min(low + self._unit, high)
+        if stop < high:
+            edges[stop - stop % self._unit] = high
+        for begin, end in edges.items():
+            part = bounce[begin - low : end - low]
+            await self._call("reading", begin, end, partial(self._device.readv, begin, [part]))
+
+    def _fit(self, buffers: Sequence[memoryview]) -> bool:
+        return is_aligned(buffers, self._geometry.memory_alignment)
+
+    def _pieces(self, offset: int, end: int) -> Iterator[tuple[int, int]]:
+        """The range in pieces which, widened to whole units, don't exceed `max_transfer`."""
+        while offset < end:
+            stop = min(end, offset - offset % self._unit + self._chunk)
+            yield offset, stop
+            offset = stop
+
+    def _widen(self, start: int, stop: int) -> tuple[int, int]:
+        """The range in whole units; the disk's end may cut the last one short."""
+        low = start - start % self._unit
+        return low, min(stop + -stop % self._unit, self._geometry.size)
+
+    # -- everything else --------------------------------------------------------------------
+
+    async def flush(self) -> None:
+        """Make durable what was written before; nothing to do where every write already is."""
+        self._check(0, 0)
+        if Capability.FLUSH in self.capabilities:
+            await self._call("flushing", 0, self._geometry.size, self._device.flush)
+        else:
+            await trio.lowlevel.checkpoint()
+
+    async def discard(self, extents: Sequence[Extent]) -> None:
+        """Drop the content of the extents, as far as whole discard blocks lie inside."""
+        self._require(Capability.DISCARD, "discarded")
+        for extent in extents:
+            self._check(extent.offset, extent.offset + extent.length)
+        whole = [narrowed for extent in extents if (narrowed := self._narrow(extent)) is not None]
+        if not whole:
+            await trio.lowlevel.checkpoint()
+            return
+        low = min(extent.offset for extent in whole)
+        high = max(extent.offset + extent.length for extent in whole)
+        async with self._ranges.hold(low, high, exclusive=False):
+            self._check(low, high)
+            await self._call("discarding", low, high, partial(self._device.discard, whole))
+
+    def _narrow(self, extent: Extent) -> Extent | None:
+        granularity = max(self._geometry.discard_granularity, self._unit)
+        shift = self._geometry.discard_alignment
+        start = extent.offset + -(extent.offset - shift) % granularity
+        stop = extent.offset + extent.length
+        if stop != self._geometry.size:
+            stop -= (stop - shift) % granularity
+        return Extent(offset=start, length=stop - start) if start < stop else None
+
+    async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = False) -> None:
+        """Make the range read as zeroes; `may_unmap` allows to free the space."""
+        self._require(Capability.WRITE, "written", errno.EROFS)
+        end = offset + length
+        self._check(offset, end)
+        inner = min(offset + -offset % self._unit, end)
+        outer = max(end if end == self._geometry.size else end - end % self._unit, inner)
+        await self._write_zero_bytes(offset, inner)
+        if inner < outer and not await self._zero_natively(inner, outer, may_unmap):
+            await self._write_zero_bytes(inner, outer)
+        await self._write_zero_bytes(outer, end)
+
+    async def _zero_natively(self, low: int, high: int, may_unmap: bool) -> bool:
+        if Capability.WRITE_ZEROES not in self.capabilities:
+            return False
+        zero = partial(self._device.write_zeroes, low, high - low, may_unmap=may_unmap)
+        async with self._ranges.hold(low, high, exclusive=False):
+            self._check(low, high)
+            try:
+                await self._call("zeroing", low, high, zero)
+            except Unsupported:
+                return False
+        return True
+
+    async def _write_zero_bytes(self, start: int, stop: int) -> None:
+        while start < stop:
+            length = min(stop - start, len(_zeroes))
+            await self.writev(start, [_zeroes[:length]])
+            start += length
+
+    async def resize(self, size: int) -> Geometry:
+        """Change the size; returns the new geometry."""
+        self._require(Capability.RESIZE, "resized")
+        old = self._geometry.size
+        if size < 0 or size % self._geometry.logical_block:
+            raise DriverError(
+                f"{self.device_id}: a size of {size} bytes is not a multiple of the logical block",
+                errno=errno.EINVAL,
+            )
+        async with self._ranges.hold(0, _END_OF_EVERYTHING, exclusive=True):
+            await self.invalidate(min(size, old), _END_OF_EVERYTHING)
+            geometry = await self._call("resizing", 0, size, partial(self._device.resize, size))
+            self._adopt(geometry)
+            # While the driver worked, reading could still be resolved.
+            await self.invalidate(min(size, old), _END_OF_EVERYTHING)
+        return self._geometry
+
+    async def aclose(self) -> None:
+        """Release everything, even when cancelled.  Idempotent; implies no flush."""
+        if not self._closed:
+            self._closed = True
+            with trio.CancelScope(shield=True):
+                await self._call("closing", 0, 0, self._device.aclose)
+
+    # -- resolved extents -------------------------------------------------------------------
+
+    def resolve(self, offset: int, length: int, *, for_write: bool) -> Sequence[HostExtent] | None:
+        """Where these bytes lie in host files: see `BlockDevice.resolve`."""
+        if self._closed or (for_write and Capability.WRITE not in self.capabilities):
+            return None
+        try:
+            answer = self._device.resolve(offset, length, for_write=for_write)
+        except Exception as error:
+            self._failure("resolving", offset, offset + length, error)
+            return None
+        if not answer or not for_write:
+            return answer
+        reach = offset + sum(extent.length for extent in answer)
+        limit = self._ranges.first_exclusive(offset, reach)
+        return answer if limit is None else _cut(answer, limit - offset)
+
+    def subscribe(self, listener: Invalidate) -> None:
+        """Have `listener` awaited whenever answers of `resolve` become invalid."""
+        self._listeners.append(listener)
+
+    def unsubscribe(self, listener: Invalidate) -> None:
+        """Undo `subscribe`."""
+        self._listeners.remove(listener)
+
+    async def invalidate(self, offset: int, length: int) -> None:
+        """For the driver: see `OpenContext.invalidate`."""
+        self.generation += 1
+        for listener in tuple(self._listeners):
+            await listener(offset, length)
+
+    # -- the only way into the driver -------------------------------------------------------
+
+    async def _call(
+        self, what: str, low: int, high: int, method: Callable[[], Awaitable[Any]]
+    ) -> Any:
+        try:
+            if self._serial is None:
+                return await method()
+            async with self._serial:
+                return await method()
+        except DriverError:
+            raise
+        except Exception as error:
+            raise self._failure(what, low, high, error) from error
+        except BaseExceptionGroup as group:
+            # Cancelled, and something else failed at the same time in the driver's own tasks.
+            failed, cancelled = group.split(Exception)
+            if failed is None or cancelled is None:
+                raise
+            self._failure(what, low, high, failed)
+            raise cancelled from None
+
+    def _failure(self, what: str, low: int, high: int, error: Exception) -> DriverError:
+        where = f"{self.device_id}: {what} {high - low} bytes at {low}"
+        known = request_error(where, error)
+        if known is not None:
+            return known
+        self.bugs += 1
+        _log.error("%s: bug in the driver", where, exc_info=error)
+        return DriverError(f"{where}: bug in the driver: {type(error).__name__}", errno=errno.EIO)
+
+    def _require(self, capability: Capability, verb: str, number: int = errno.EOPNOTSUPP) -> None:
+        if capability not in self.capabilities:
+            raise Unsupported(f"{self.device_id}: can't be {verb}", errno=number)
+
+    def _check(self, start: int, stop: int) -> None:
+        if self._closed:
+            raise DeviceBroken(f"{self.device_id}: is closed", errno=errno.EBADF)
+        if not 0 <= start <= stop <= self._geometry.size:
+            raise DriverError(
+                f"{self.device_id}: {stop - start} bytes at {start} are outside the disk",
+                errno=errno.EINVAL,
+            )
+
+
+def _cut(extents: Sequence[HostExtent], length: int) -> list[HostExtent] | None:
+    """The extents' first `length` bytes."""
+    kept = []
+    for extent in extents:
+        if length <= 0:
+            break
+        size = min(extent.length, length)
+        kept.append(HostExtent(fd=extent.fd, offset=extent.offset, length=size))
+        length -= size
+    return kept or None
