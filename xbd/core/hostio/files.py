@@ -41,12 +41,14 @@ CACHED: Final = DirectAlignment(offset=1, memory=1)
 """Through the page cache everything goes."""
 
 
-def stat_path(path: Path) -> os.stat_result:
-    """Follows links; raises `OpenFailed` if there is nothing or it may not be looked at."""
+def stat_path(path: Path, if_missing: str = "") -> os.stat_result:
+    """Follows links; raises `OpenFailed` if there is nothing (with the advice `if_missing`) or
+    it may not be looked at."""
     try:
         return path.stat()
     except OSError as error:
-        raise open_failure(f"cannot open {shown(path)}", error.errno or errno.EIO) from None
+        advice = if_missing if error.errno == errno.ENOENT else ""
+        raise open_failure(f"cannot open {shown(path)}", error.errno or errno.EIO, advice) from None
 
 
 def kind_of(status: os.stat_result) -> str:

@@ -51,6 +51,7 @@ class HostFile:
     alignment: DirectAlignment
     run_blocking: Callable[..., Awaitable[Any]]
     _flush_failure: int = 0
+    """Errno of a flush that failed through the page cache."""
 
     @property
     def direct(self) -> bool:
@@ -123,10 +124,15 @@ class HostFile:
 
     async def aclose(self) -> None:
         """Close the descriptors.  Idempotent; nothing may be in flight any more."""
+        if self.fd >= 0:
+            await self.run_blocking(self.close)
+
+    def close(self) -> None:
+        """As `aclose`, blocking."""
         fds = {self.fd, self.cached_fd} - {-1}
         self.fd = self.cached_fd = -1
         for fd in fds:
-            await self.run_blocking(os.close, fd)
+            os.close(fd)
 
 
 def _pieces(offset: int, length: int) -> Iterator[tuple[int, int]]:

@@ -33,7 +33,7 @@ _READ, _WRITE, _RESIZE = 0, 1, 3
 _NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
 _HELD: Final = frozenset({errno.EAGAIN, errno.EACCES})
 
-PATIENCE_SECONDS: Final = 1.0
+PATIENCE_SECONDS = 1.0
 _PAUSE_SECONDS: Final = 0.05
 
 
@@ -82,10 +82,12 @@ def _is_held(fd: int, byte: int) -> bool:
 
 
 async def while_busy(
-    attempt: Callable[[], Awaitable[T]], patience_seconds: float = PATIENCE_SECONDS
+    attempt: Callable[[], Awaitable[T]], patience_seconds: float | None = None
 ) -> T:
-    """Repeat `attempt` for a moment while it raises `OpenFailed` with EBUSY."""
-    end = trio.current_time() + patience_seconds
+    """Repeat `attempt` while it raises `OpenFailed` with EBUSY, for `PATIENCE_SECONDS` if not
+    told otherwise."""
+    patience = PATIENCE_SECONDS if patience_seconds is None else patience_seconds
+    end = trio.current_time() + patience
     while True:
         try:
             return await attempt()
