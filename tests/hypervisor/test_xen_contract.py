@@ -1,0 +1,29 @@
+"""The contract, kept by Xen.  Runs in a dom0 with XBD_TEST_XEN=1 (see xen_world.py)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypervisor_contract import CHECKS
+
+if os.environ.get("XBD_TEST_XEN") != "1":
+    pytest.skip("needs a Xen dom0: set XBD_TEST_XEN=1", allow_module_level=True)
+
+from xen_world import XenWorld
+
+
+@pytest.fixture
+def world():
+    xen_world = XenWorld()
+    try:
+        yield xen_world
+        assert xen_world.hypervisor.mapped_pages == 0
+        assert xen_world.hypervisor.bound_ports == 0
+    finally:
+        xen_world.close()
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+async def test_contract(world, check):
+    await check(world)
