@@ -6,6 +6,7 @@ import ctypes
 import errno
 import mmap
 import os
+import platform
 import random
 import struct
 from collections.abc import Iterator
@@ -222,6 +223,13 @@ def test_older_kernels_get_a_plain_ring(
     with pytest.raises(OSError, match="io_uring_setup") as caught:
         IoUring(8)
     assert caught.value.errno == errno.EINVAL
+
+
+def test_other_systems_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "system", lambda: "NetBSD")
+    with pytest.raises(OSError, match="Linux") as caught:
+        IoUring(8)
+    assert caught.value.errno == errno.ENOSYS
 
 
 def test_the_fence_stands_between_tail_completions_and_head(memory: mmap.mmap, file: int) -> None:
