@@ -1,0 +1,73 @@
+"""Decoded requests, everything in bytes.
+
+Made once per request on the hot path, so they are plain attrs classes built from positions.
+"""
+
+from __future__ import annotations
+
+import attrs
+
+from xbd.core.units import GrantRef
+
+Segment = tuple[GrantRef, int, int]
+"""Grant reference, start in the page and length, in bytes."""
+
+
+@attrs.define(slots=True, eq=False)
+class Transfer:
+    """READ, WRITE, or a flush or barrier that carries data."""
+
+    id: int
+    operation: int
+    """What the response has to repeat: of an indirect request the inner operation."""
+    offset: int
+    length: int
+    segments: list[Segment]
+    write: bool
+    barrier: bool
+    flush: bool
+    """Make durable what is finished, before writing this."""
+
+
+@attrs.define(slots=True, eq=False)
+class Flush:
+    """FLUSH_DISKCACHE, or a WRITE_BARRIER, without data."""
+
+    id: int
+    operation: int
+
+
+@attrs.define(slots=True, eq=False)
+class Discard:
+    """DISCARD of a range."""
+
+    id: int
+    operation: int
+    offset: int
+    length: int
+    secure: bool
+
+
+@attrs.define(slots=True, eq=False)
+class Indirect:
+    """INDIRECT: its segments lie in pages that have to be fetched; see `Decoder.expand`."""
+
+    id: int
+    operation: int
+    offset: int
+    nr_segments: int
+    refs: tuple[GrantRef, ...]
+    """The pages that hold the segments, no more than are needed."""
+
+
+@attrs.define(slots=True, eq=False)
+class Rejected:
+    """A request that is answered at once."""
+
+    id: int
+    operation: int
+    status: int
+    reason: str
+
+
+Request = Transfer | Flush | Discard | Indirect
