@@ -1,0 +1,243 @@
+"""A ring's journal: which consumed requests have no answer yet, readable after a crash.
+
+An answer takes the place of a request in the ring before it is published, so a ring alone does
+not tell what a dead backend still owed.  The journal does.  It is a file that is mapped shared,
+best on tmpfs: it has to survive the process, not the host, since a host crash ends the guest too.
+Nothing here waits for storage.
+
+Layout, native byte order, one page of header and then arrays of n = `entries` elements:
+
+======  =============  ==========================================================================
+bytes   what           meaning
+======  =============  ==========================================================================
+0       magic          ``XBDJRNL1``
+8       u32 × 4        header size, entries, request size, state (0 unused, 1 in use)
+24      u32 × 6        domid, devid, queue, ring order, event channel, number of ring refs
+48      16 bytes       the ABI's protocol string, padded with NUL
+64      36 bytes       a cookie: text that the backend also keeps in its XenStore directory
+128     u32 × refs     ring refs
+4096    u64 × n        marks: 0 free; VALID; ANSWERING | index of the response
+…       u32 × n        index of the request in its ring (free-running)
+…       n × request    the private copy of the request
+======  =============  ==========================================================================
+
+The rule.  A request is copied and marked VALID before any later response is written.  When it is
+finished its mark becomes ANSWERING at response index k, then the response is written, then
+published.  Then the mark is cleared.  After a crash, a request that is ANSWERING at k was
+published if the ring's rsp_prod is past k; all others are still to do, in order of their index.
+
+A slot is any free one, not the index modulo n: with answers out of order, request i may still be
+open when request i + n arrives.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+from xbd.core.units import PAGE_SIZE
+
+MAGIC: Final = b"XBDJRNL1"
+VALID: Final = 1 << 32
+ANSWERING: Final = 2 << 32
+_HEADER: Final = struct.Struct("=8s4I6I16s36s")
+_REFS_OFFSET: Final = 128
+_IN_USE: Final = 1
+
+
+@attrs.frozen(kw_only=True)
+class RingIdentity:
+    """Which ring a journal belongs to; one that differs in anything is void."""
+
+    domid: int
+    devid: int
+    queue: int
+    ring_order: int
+    event_channel: int
+    ring_refs: tuple[int, ...]
+    protocol: str
+    cookie: str = ""
+
+
+@attrs.frozen
+class OpenRequest:
+    """A request that was consumed and not answered."""
+
+    index: int
+    entry: bytes
+
+
+class Journal:
+    """The journal of one ring.  `path` None keeps it in anonymous memory (nothing survives)."""
+
+    def __init__(
+        self, identity: RingIdentity, entries: int, request_size: int, path: Path | None
+    ) -> None:
+        self.path = path
+        self._entries = entries
+        self._size = request_size
+        marks = PAGE_SIZE
+        indices = marks + 8 * entries
+        copies = indices + 4 * entries
+        total = copies + request_size * entries
+        self._map = _shared_memory(path, total)
+        view = memoryview(self._map)
+        self._marks = view[marks:indices].cast("Q")
+        self._indices = view[indices:copies].cast("I")
+        self._copies = view[copies:total]
+        self._busy = bytearray(entries)
+        self._runs: dict[int, tuple[bytes, array[int]]] = {}
+        view.release()
+        self._write_header(identity)
+
+    def _write_header(self, identity: RingIdentity) -> None:
+        refs = struct.pack(f"={len(identity.ring_refs)}I", *identity.ring_refs)
+        self._map[_REFS_OFFSET : _REFS_OFFSET + len(refs)] = refs
+        self._map[: _HEADER.size] = _HEADER.pack(
+            MAGIC,
+            PAGE_SIZE,
+            self._entries,
+            self._size,
+            _IN_USE,
+            identity.domid,
+            identity.devid,
+            identity.queue,
+            identity.ring_order,
+            identity.event_channel,
+            len(identity.ring_refs),
+            identity.protocol.encode(),
+            identity.cookie.encode()[:36],
+        )
+
+    def record(self, first: int, entries: bytes) -> Sequence[int]:
+        """Copy consumed requests, the first of them at ring index `first`; their slots."""
+        size = self._size
+        count = len(entries) // size
+        start = first & (self._entries - 1)
+        end = start + count
+        if end <= self._entries and self._busy.find(1, start, end) < 0:
+            ones, valid = self._run(count)
+            self._copies[start * size : end * size] = entries
+            self._indices[start:end] = array("I", _wrapping(first, count))
+            self._marks[start:end] = valid
+            self._busy[start:end] = ones
+            return range(start, end)
+        return [
+            self._record_one((first + i) & 0xFFFFFFFF, entries[i * size : (i + 1) * size])
+            for i in range(count)
+        ]
+
+    def _record_one(self, index: int, entry: bytes) -> int:
+        slot = self._busy.find(0)
+        assert slot >= 0, "more requests are open than the ring has entries"
+        self._busy[slot] = 1
+        self._copies[slot * self._size : (slot + 1) * self._size] = entry
+        self._indices[slot] = index
+        self._marks[slot] = VALID
+        return slot
+
+    def _run(self, count: int) -> tuple[bytes, array[int]]:
+        """`count` busy flags and `count` VALID marks, made once per count."""
+        run = self._runs.get(count)
+        if run is None:
+            run = self._runs[count] = (b"\x01" * count, array("Q", [VALID]) * count)
+        return run
+
+    def answering(self, slots: Sequence[int], first: int) -> None:
+        """These requests are done; their responses will be written from index `first` on."""
+        marks = self._marks
+        for response_index, slot in enumerate(slots, first):
+            marks[slot] = ANSWERING | (response_index & 0xFFFFFFFF)
+
+    def clear(self, slots: Sequence[int]) -> None:
+        """The responses are published."""
+        marks = self._marks
+        busy = self._busy
+        for slot in slots:
+            marks[slot] = 0
+            busy[slot] = 0
+
+    @property
+    def open_requests(self) -> int:
+        """Requests recorded and not cleared."""
+        return self._busy.count(1)
+
+    def close(self) -> None:
+        """Drop the journal: the ring is drained or gone."""
+        for view in (self._marks, self._indices, self._copies):
+            view.release()
+        self._map.close()
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def read_journal(path: Path, identity: RingIdentity, rsp_prod: int) -> list[OpenRequest] | None:
+    """What a dead backend still owed the ring, in the order of the requests.
+
+    None: the journal belongs to another ring or is damaged, and means nothing.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    if len(data) < PAGE_SIZE:
+        return None
+    magic, header, entries, size, state, *numbers, protocol, cookie = _HEADER.unpack_from(data)
+    if magic != MAGIC or header != PAGE_SIZE or state != _IN_USE:
+        return None
+    if entries > 1 << 16 or size > PAGE_SIZE or len(data) != header + entries * (12 + size):
+        return None
+    refs_count = min(numbers[5], (PAGE_SIZE - _REFS_OFFSET) // 4)
+    found = RingIdentity(
+        domid=numbers[0],
+        devid=numbers[1],
+        queue=numbers[2],
+        ring_order=numbers[3],
+        event_channel=numbers[4],
+        ring_refs=struct.unpack_from(f"={refs_count}I", data, _REFS_OFFSET),
+        protocol=protocol.rstrip(b"\0").decode("ascii", "replace"),
+        cookie=cookie.rstrip(b"\0").decode("ascii", "replace"),
+    )
+    if found != identity:
+        return None
+    marks = struct.unpack_from(f"={entries}Q", data, header)
+    indices = struct.unpack_from(f"={entries}I", data, header + 8 * entries)
+    copies = header + 12 * entries
+    owed = [
+        OpenRequest(indices[slot], data[copies + slot * size : copies + (slot + 1) * size])
+        for slot, mark in enumerate(marks)
+        if mark and not _published(mark, rsp_prod)
+    ]
+    return sorted(owed, key=lambda request: (request.index - rsp_prod + (1 << 31)) & 0xFFFFFFFF)
+
+
+def _published(mark: int, rsp_prod: int) -> bool:
+    if mark < ANSWERING:
+        return False
+    past = (rsp_prod - (mark & 0xFFFFFFFF)) & 0xFFFFFFFF
+    return 0 < past < 1 << 31
+
+
+def _wrapping(first: int, count: int) -> range | list[int]:
+    if first + count <= 1 << 32:
+        return range(first, first + count)
+    return [(first + i) & 0xFFFFFFFF for i in range(count)]
+
+
+def _shared_memory(path: Path | None, size: int) -> mmap.mmap:
+    if path is None:
+        return mmap.mmap(-1, size)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.ftruncate(fd, size)
+        return mmap.mmap(fd, size)
+    finally:
+        os.close(fd)

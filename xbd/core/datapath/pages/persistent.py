@@ -1,0 +1,103 @@
+"""Pages that stay mapped, because the frontend grants the same ones again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from xbd.core.blkif import Indirect, Transfer
+from xbd.core.datapath.pages.base import GuestPages, Page, Work, indirect_lengths
+from xbd.core.datapath.pages.mapped import map_request, unmap_request
+from xbd.core.hypervisor import Hypervisor
+from xbd.core.units import Domid, GrantRef
+
+MAX_PAGES = 1056
+"""Mapped pages per ring: what xen-blkback keeps (32 requests of 32 segments and a page each)."""
+_PURGE_PART = 20
+"""One in so many pages is unmapped at a time."""
+
+
+class PersistentPages(GuestPages):
+    """A bounded table of mapped pages; the least recently used go first."""
+
+    mode = "persistent"
+
+    def __init__(self, hypervisor: Hypervisor, domid: Domid, limit: int = MAX_PAGES) -> None:
+        self.resident: dict[int, Page] = {}
+        self.batch = 0
+        self._hypervisor = hypervisor
+        self._domid = domid
+        self._limit = limit
+
+    def attach(self, slot: int, request: Transfer) -> Work | None:
+        resident = self.resident
+        batch = self.batch
+        parts = []
+        held: list[Page] = []
+        for ref, start, length in request.segments:
+            page = resident.get(ref)
+            if page is None:
+                page = self._admit(ref, held)
+                if page is None:
+                    return map_request(self._hypervisor, self._domid, slot, request)
+            page.used = batch
+            held.append(page)
+            parts.append((page.view, start, length, page.address + start))
+        for page in held:
+            page.users += 1
+        return Work(slot, request, parts, held=held)
+
+    def _admit(self, ref: GrantRef, keep: Sequence[Page]) -> Page | None:
+        """Map one more page; None when the table is full of pages in use."""
+        if len(self.resident) >= self._limit and not self._purge(keep):
+            return None
+        mapping = self._hypervisor.map_grants(self._domid, [ref], writable=True)
+        page = Page(mapping.view, mapping.address, mapping, self.batch)
+        self.resident[ref] = page
+        return page
+
+    def _purge(self, keep: Sequence[Page]) -> bool:
+        kept = {id(page) for page in keep}
+        idle = [
+            (page.used, ref)
+            for ref, page in self.resident.items()
+            if not page.users and id(page) not in kept
+        ]
+        idle.sort()
+        for _, ref in idle[: max(1, self._limit // _PURGE_PART)]:
+            self.resident.pop(ref).mapping.unmap()
+        return bool(idle)
+
+    def fetch(self, works: Sequence[Work]) -> None:
+        return
+
+    def finish(self, works: Sequence[Work]) -> None:
+        for work in works:
+            if isinstance(work.held, list):
+                for page in work.held:
+                    page.users -= 1  # type: ignore[union-attr]
+                if work.views:
+                    work.release_views()
+            else:
+                unmap_request(work)
+
+    def read_indirect(self, request: Indirect) -> list[bytes]:
+        copies = []
+        for ref, length in zip(request.refs, indirect_lengths(request), strict=True):
+            page = self.resident.get(ref) or self._admit(ref, ())
+            if page is not None:
+                page.used = self.batch
+                copies.append(bytes(page.view[:length]))
+                continue
+            mapping = self._hypervisor.map_grants(self._domid, [ref], writable=False)
+            try:
+                copies.append(bytes(mapping.view[:length]))
+            finally:
+                mapping.unmap()
+        return copies
+
+    def close(self) -> None:
+        """Unmap all idle pages.  Pages of abandoned I/O stay mapped on purpose."""
+        for page in self.resident.values():
+            if not page.users:
+                page.mapping.unmap()
+        self.resident.clear()
