@@ -1,0 +1,308 @@
+"""XenStore's client: pyxs's packets over xenstored's socket or the kernel's device, under trio."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final, TypeVar
+
+import structlog
+import trio
+
+from xbd.core.errors import StoreError, StoreLost, StoreUnavailable
+from xbd.core.units import Domid
+from xbd.core.xenstore.base import Store, StoreReader, Watch
+from xbd.core.xenstore.calls import Calls, decode_text, encode_path
+from xbd.core.xenstore.client_watch import ClientWatch
+from xbd.core.xenstore.link import Link
+from xbd.core.xenstore.places import default_store_path, open_store, unavailable
+from xbd.core.xenstore.protocol import NUL, Op, WireError
+
+__all__ = ["StoreClient", "default_store_path"]
+
+T = TypeVar("T")
+_log = structlog.get_logger(__name__)
+
+ANSWER_WITHIN_S: Final = 10.0
+_FIRST_PAUSE_S: Final = 0.05
+_LONGEST_PAUSE_S: Final = 1.0
+_STABLE_S: Final = 1.0
+"""A connection that lived shorter does not reset the back-off."""
+_INITIAL_EVENT_WITHIN_S: Final = 1.0
+_TRANSACTION_ATTEMPTS: Final = 100
+_TRANSACTION_LONGEST_PAUSE_S: Final = 0.02
+_TRANSACTIONS: Final = 4
+"""At the same time; xenstored allows a driver domain ten, its kernel's included."""
+
+
+class StoreClient(Calls, Store):
+    """A `Store` that reconnects by itself."""
+
+    def __init__(
+        self,
+        path: Path,
+        nursery: trio.Nursery,
+        *,
+        answer_within_s: float,
+        patience_s: float | None,
+    ) -> None:
+        self.path = path
+        self._nursery = nursery
+        self._answer_within_s = answer_within_s
+        self._patience_s = patience_s
+        self._link: Link | None = None
+        self._generation = 0
+        self._closed: StoreLost | None = None
+        self._ready = trio.lowlevel.ParkingLot()
+        self._watches: dict[bytes, ClientWatch] = {}
+        self._last_token = 0
+        self._transactions = trio.Semaphore(_TRANSACTIONS)
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(
+        cls,
+        path: Path | None = None,
+        *,
+        answer_within_s: float = ANSWER_WITHIN_S,
+        patience_s: float | None = None,
+    ) -> AsyncIterator[StoreClient]:
+        """Connect to the socket or device at `path`, or where this host has XenStore.
+
+        A request not answered within `answer_within_s` (seconds) counts as a broken connection.
+        After `patience_s` seconds without a connection the store is closed for good; None: never.
+        Raises `StoreUnavailable` if there is no XenStore to begin with.
+        """
+        failure: Exception | None = None
+        async with trio.open_nursery() as nursery:
+            store = cls(
+                path or default_store_path(),
+                nursery,
+                answer_within_s=answer_within_s,
+                patience_s=patience_s,
+            )
+            try:
+                nursery.start_soon(store._keep_connected, await store._first_link())
+                yield store
+            except Exception as error:
+                # Kept out of the nursery, which would wrap it in a group.
+                failure = error
+            finally:
+                store._close(StoreLost("this XenStore client was closed"))
+                nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+
+    @property
+    def generation(self) -> int:
+        return self._generation
+
+    @property
+    def connected(self) -> bool:
+        """Whether requests go through just now, as far as is known."""
+        return self._link is not None and not self._link.lost.is_set()
+
+    async def domain_path(self, domid: int) -> str:
+        payload = await self._call(Op.GET_DOMAIN_PATH, _number(domid))
+        return decode_text(payload.rstrip(NUL))
+
+    async def introduce(self, domid: Domid, frame: int = 1, port: int = 1) -> None:
+        """INTRODUCE a domain (domain 0's right); an embedded store ignores the other two."""
+        await self._call(Op.INTRODUCE, _number(domid) + _number(frame) + _number(port))
+
+    async def release(self, domid: Domid) -> None:
+        """RELEASE a domain (domain 0's right)."""
+        await self._call(Op.RELEASE, _number(domid))
+
+    async def is_introduced(self, domid: Domid) -> bool:
+        """Whether XenStore knows this domain."""
+        return (await self._call(Op.IS_DOMAIN_INTRODUCED, _number(domid))).startswith(b"T")
+
+    @asynccontextmanager
+    async def watch(self, path: str) -> AsyncIterator[Watch]:
+        encode_path(path)
+        self._last_token += 1
+        watch = ClientWatch(path, b"xbd-%d" % self._last_token)
+        self._watches[watch.token] = watch
+        try:
+            while watch.generation != self._generation:
+                link = await self._connected_link()
+                if watch.generation != self._generation:
+                    with contextlib.suppress(StoreLost):  # the reconnection sets it again
+                        await _set_watch(link, watch, self._generation)
+            with trio.move_on_after(_INITIAL_EVENT_WITHIN_S):
+                await watch.wait()  # XenStore reports the path once up front
+            if not watch.pending:
+                watch.notify(path)
+            yield watch
+        finally:
+            del self._watches[watch.token]
+            if self._link is not None:
+                self._link.post(Op.UNWATCH, _watch_payload(watch))
+
+    async def transact(self, body: Callable[[StoreReader], Awaitable[T]]) -> T:
+        async with self._transactions:
+            for attempt in range(_TRANSACTION_ATTEMPTS):
+                link = await self._connected_link()
+                tx_id = await _start_transaction(link)
+                transaction = _Transaction(link, tx_id)
+                try:
+                    result = await body(transaction)
+                except BaseException:
+                    link.post(Op.TRANSACTION_END, b"F\x00", tx_id)
+                    raise
+                finally:
+                    transaction.over = True
+                try:
+                    await link.request(Op.TRANSACTION_END, b"T\x00", tx_id)
+                except StoreError as error:
+                    if error.errno != errno.EAGAIN:
+                        raise
+                else:
+                    return result
+                await trio.sleep(min(attempt / 1000, _TRANSACTION_LONGEST_PAUSE_S))
+        raise StoreError(
+            f"a transaction found no gap in {_TRANSACTION_ATTEMPTS} attempts", errno=errno.EAGAIN
+        )
+
+    async def _call(self, op: int, payload: bytes) -> bytes:
+        link = await self._connected_link()
+        return await link.request(op, payload)
+
+    async def _connected_link(self) -> Link:
+        while self._link is None or self._link.lost.is_set():
+            if self._closed is not None:
+                raise StoreLost(str(self._closed))
+            await self._ready.park()
+        return self._link
+
+    # Connecting
+
+    async def _first_link(self) -> Link:
+        try:
+            return await self._new_link()
+        except OSError as error:
+            raise unavailable(self.path, error) from error
+        except (StoreError, StoreLost) as error:
+            raise StoreUnavailable(
+                f"what answers at {self.path} is not a working XenStore: {error}"
+            ) from error
+
+    async def _new_link(self) -> Link:
+        """Connect, see that it answers, set the watches.
+
+        Raises `OSError`, `StoreError`, `StoreLost`.
+        """
+        link = Link(open_store(self.path), self._on_event, answer_within_s=self._answer_within_s)
+        self._nursery.start_soon(link.run)
+        generation = self._generation + 1
+        try:
+            await link.request(Op.GET_DOMAIN_PATH, _number(0))
+            watches = [*self._watches.values()]
+            for watch in watches:
+                await _set_watch(link, watch, generation)
+        except BaseException:
+            link.lose("it did not answer as XenStore does")
+            raise
+        if link.lost.is_set():
+            raise StoreLost(link.reason)
+        self._generation = generation
+        self._link = link
+        for watch in watches:
+            if watch.token in self._watches:
+                watch.notify_everything()
+            else:  # given up meanwhile
+                link.post(Op.UNWATCH, _watch_payload(watch))
+        self._ready.unpark_all()
+        return link
+
+    async def _keep_connected(self, link: Link) -> None:
+        pause_s = 0.0
+        while True:
+            since = trio.current_time()
+            await link.lost.wait()
+            _log.warning("xenstore-lost", path=str(self.path), reason=link.reason)
+            now = trio.current_time()
+            if now - since >= _STABLE_S:
+                pause_s = 0.0
+            deadline = now + (float("inf") if self._patience_s is None else self._patience_s)
+            with trio.CancelScope(deadline=deadline):
+                link, pause_s = await self._reconnect(pause_s)
+                continue
+            self._close(StoreLost(f"XenStore did not come back within {self._patience_s:g} s"))
+            return
+
+    async def _reconnect(self, pause_s: float) -> tuple[Link, float]:
+        """The new link, and how long to pause if that one is lost at once again."""
+        while True:
+            await trio.sleep(pause_s)
+            pause_s = min(max(2 * pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
+            try:
+                link = await self._new_link()
+            except (OSError, StoreError, StoreLost) as error:
+                _log.debug("xenstore-still-lost", path=str(self.path), reason=str(error))
+            else:
+                _log.info("xenstore-back", path=str(self.path), generation=self._generation)
+                return link, pause_s
+
+    def _close(self, reason: StoreLost) -> None:
+        self._closed = self._closed or reason
+        if self._link is not None:
+            self._link.lose(str(self._closed))
+        for watch in self._watches.values():
+            watch.end(self._closed)
+        self._ready.unpark_all()
+
+    def _on_event(self, path: bytes, token: bytes) -> None:
+        watch = self._watches.get(token)
+        if watch is not None:  # otherwise it was just given up: an ordinary race
+            watch.notify(decode_text(path))
+
+
+class _Transaction(Calls):
+    """The tree as one transaction on one connection sees it."""
+
+    def __init__(self, link: Link, tx_id: int) -> None:
+        self.over = False
+        self._link = link
+        self._tx_id = tx_id
+
+    async def _call(self, op: int, payload: bytes) -> bytes:
+        if self.over:
+            raise RuntimeError("a transaction was used after its end")
+        return await self._link.request(op, payload, self._tx_id)
+
+
+async def _start_transaction(link: Link) -> int:
+    def give_up(answer: bytes) -> None:
+        link.post(Op.TRANSACTION_END, b"F\x00", _transaction_id(answer))
+
+    answer = await link.request(Op.TRANSACTION_START, NUL, if_abandoned=give_up)
+    try:
+        return _transaction_id(answer)
+    except WireError as error:
+        link.lose(f"xenstored sent {error}")
+        raise StoreLost(str(error)) from error
+
+
+def _transaction_id(answer: bytes) -> int:
+    text = answer.rstrip(NUL)
+    if not text.isdigit() or len(text) > 10 or not 0 < int(text) < 1 << 32:
+        raise WireError("a transaction without a number")
+    return int(text)
+
+
+async def _set_watch(link: Link, watch: ClientWatch, generation: int) -> None:
+    await link.request(Op.WATCH, _watch_payload(watch))
+    watch.generation = generation
+
+
+def _watch_payload(watch: ClientWatch) -> bytes:
+    return encode_path(watch.path) + watch.token + NUL
+
+
+def _number(number: int) -> bytes:
+    return str(number).encode() + NUL

@@ -1,0 +1,242 @@
+"""One connection to XenStore: many requests in flight, answers by id, events as they come.
+
+A link ends once, for one reason: the other side closed, sent garbage, or did not answer in time.
+Whoever waits for an answer then gets `StoreLost`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+import attrs
+import trio
+
+from xbd.core.errors import StoreError, StoreLost
+from xbd.core.xenstore.protocol import (
+    NUL,
+    Op,
+    Packet,
+    PacketStream,
+    WireError,
+    encode,
+    errno_of,
+    operation_name,
+    packet,
+    strings,
+)
+
+_READ_BYTES: Final = 16 << 10
+"""Bounds what one round of a flood of events costs before other tasks run."""
+_IN_FLIGHT: Final = 64
+"""Requests waiting for their answers; more callers than that queue up."""
+_POSTED: Final = 1024
+"""Likewise of those that nobody waits for."""
+_IDLE_PROBE_S: Final = 30.0
+"""After so long a silence, ask something: a hang is to be noticed without a request, too."""
+
+_PROBE: Final = b"0" + NUL
+
+
+@attrs.define(eq=False)
+class _Pending:
+    op: int
+    done: trio.Event = attrs.field(factory=trio.Event)
+    answer: Packet | None = None
+    abandoned: bool = False
+    if_abandoned: Callable[[bytes], None] | None = None
+    posted: bool = False
+
+
+class Link:
+    """Drives a non-blocking descriptor, which it owns from now on."""
+
+    def __init__(
+        self, fd: int, on_event: Callable[[bytes, bytes], None], *, answer_within_s: float
+    ) -> None:
+        """`on_event` is called with path and token of each event; it must not raise."""
+        self.lost = trio.Event()
+        self.reason = ""
+        """Why it was lost."""
+        self._fd = fd
+        self._on_event = on_event
+        self._answer_within_s = answer_within_s
+        self._pending: dict[int, _Pending] = {}
+        self._last_id = 0
+        self._posted = 0
+        self._slots = trio.Semaphore(_IN_FLIGHT)
+        self._unsent: deque[bytes] = deque()
+        self._work = trio.lowlevel.ParkingLot()
+        self._scope = trio.CancelScope()
+        self._heard = False
+
+    async def run(self) -> None:
+        """Move bytes until the link is lost; then the descriptor is closed."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._receive)
+                    nursery.start_soon(self._send_rest)
+                    nursery.start_soon(self._probe)
+        finally:
+            self.lose("closed")
+            trio.lowlevel.notify_closing(self._fd)
+            os.close(self._fd)
+
+    def lose(self, reason: str) -> None:
+        """Give the link up, and everyone who waits for an answer."""
+        if self.lost.is_set():
+            return
+        self.reason = reason
+        self.lost.set()
+        self._scope.cancel()
+        for pending in self._pending.values():
+            self._settle(pending)
+        self._pending.clear()
+
+    async def request(
+        self,
+        op: int,
+        payload: bytes,
+        tx_id: int = 0,
+        *,
+        if_abandoned: Callable[[bytes], None] | None = None,
+    ) -> bytes:
+        """The answer's payload.  Raises `StoreError` if refused, `StoreLost`.
+
+        A cancelled caller's answer goes to `if_abandoned` when it comes.
+        """
+        packet(op, payload, 0)  # too long: refuse before waiting for anything
+        await self._slots.acquire()
+        if self.lost.is_set():
+            self._slots.release()
+            raise self._gone()
+        pending = _Pending(op, if_abandoned=if_abandoned)
+        self._submit(op, payload, tx_id, pending)
+        try:
+            with trio.move_on_after(self._answer_within_s):
+                await pending.done.wait()
+        except trio.Cancelled:
+            pending.abandoned = True
+            raise
+        if not pending.done.is_set():
+            self.lose(f"no answer within {self._answer_within_s:g} s")
+        if pending.answer is None:
+            raise self._gone()
+        if pending.answer.op == Op.ERROR:
+            raise _refusal(op, payload, pending.answer.payload)
+        return pending.answer.payload
+
+    def post(self, op: int, payload: bytes, tx_id: int = 0) -> None:
+        """Send a request whose answer nobody waits for.  For tidying up; never blocks."""
+        if self.lost.is_set():
+            return
+        if self._posted >= _POSTED:
+            # Left undone, it would fill XenStore up; and an XenStore so far behind hangs.
+            self.lose("too many requests without an answer")
+            return
+        self._posted += 1
+        self._submit(op, payload, tx_id, _Pending(op, posted=True))
+
+    def _gone(self) -> StoreLost:
+        return StoreLost(f"the connection to XenStore broke: {self.reason}")
+
+    def _submit(self, op: int, payload: bytes, tx_id: int, pending: _Pending) -> None:
+        self._last_id = self._last_id % 0xFFFF_FFFF + 1
+        self._pending[self._last_id] = pending
+        data = encode(packet(op, payload, self._last_id, tx_id))
+        if not self._unsent:
+            data = self._write(data)
+        if data:
+            self._unsent.append(data)
+            self._work.unpark_all()
+
+    def _write(self, data: bytes) -> bytes:
+        """What could not be written yet.  One packet a call: the device wants it so."""
+        try:
+            return data[os.write(self._fd, data) :]
+        except BlockingIOError:
+            return data
+        except OSError as error:
+            self.lose(f"writing failed: {error.strerror}")
+            return b""
+
+    async def _send_rest(self) -> None:
+        while True:
+            while not self._unsent:
+                await self._work.park()
+            await trio.lowlevel.wait_writable(self._fd)
+            rest = self._write(self._unsent[0])
+            if rest:
+                self._unsent[0] = rest
+            else:
+                self._unsent.popleft()
+
+    async def _receive(self) -> None:
+        packets = PacketStream()
+        while True:
+            await trio.lowlevel.wait_readable(self._fd)
+            try:
+                data = os.read(self._fd, _READ_BYTES)
+                if not data:
+                    self.lose("xenstored closed it")
+                    return
+                self._heard = True
+                for message in packets.feed(data):
+                    self._dispatch(message)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                self.lose(f"reading failed: {error.strerror}")
+                return
+            except WireError as error:
+                self.lose(f"xenstored sent {error}")
+                return
+
+    def _dispatch(self, message: Packet) -> None:
+        if message.op == Op.WATCH_EVENT:
+            parts = strings(message.payload)
+            if len(parts) < 2:
+                raise WireError("an event without a token")
+            self._on_event(parts[0], parts[1])
+            return
+        pending = self._pending.pop(message.rq_id, None)
+        if pending is None:
+            raise WireError("an answer to no request")
+        if message.op in (pending.op, Op.ERROR):
+            pending.answer = message
+        self._settle(pending)
+        if pending.answer is None:
+            raise WireError(f"{operation_name(message.op)} in answer to another request")
+        if pending.abandoned and pending.if_abandoned and message.op != Op.ERROR:
+            pending.if_abandoned(message.payload)
+
+    def _settle(self, pending: _Pending) -> None:
+        pending.done.set()
+        if pending.posted:
+            self._posted -= 1
+        else:
+            self._slots.release()
+
+    async def _probe(self) -> None:
+        while True:
+            self._heard = False
+            await trio.sleep(_IDLE_PROBE_S)
+            if not self._heard:
+                try:
+                    await self.request(Op.GET_DOMAIN_PATH, _PROBE)
+                except (StoreError, StoreLost):
+                    continue  # refused: it is alive; lost: `run` is ending
+
+
+def _refusal(op: int, payload: bytes, answer: bytes) -> StoreError:
+    number = errno_of(answer)
+    subject = payload.partition(NUL)[0].decode(errors="backslashreplace")[:200]
+    return StoreError(
+        f"XenStore refuses {operation_name(op)} {subject}: {os.strerror(number)}"
+        + (f" [{errno.errorcode[number]}]" if number in errno.errorcode else ""),
+        errno=number,
+    )
