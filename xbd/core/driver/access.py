@@ -65,6 +65,11 @@ class DeviceAccess:
     # -- what it is -------------------------------------------------------------------------
 
     @property
+    def device(self) -> BlockDevice:
+        """The driver's own object, to look at: calls past this layer break its promises."""
+        return self._device
+
+    @property
     def geometry(self) -> Geometry:
         """Asked when the disk was opened and when it was resized."""
         return self._geometry

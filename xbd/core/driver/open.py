@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,13 +13,16 @@ import attrs
 import trio
 
 from xbd.core.driver.access import DeviceAccess
-from xbd.core.driver.api import Concurrency, DriverDescriptor, OpenContext
+from xbd.core.driver.api import BlockDevice, Concurrency, DriverDescriptor, OpenContext
 from xbd.core.driver.failures import open_error, request_error
 from xbd.core.driver.options import parse_options
 from xbd.core.driver.spec import DiskSpec
 from xbd.core.errors import ConfigError, DeviceBroken, DriverError, OpenFailed, OptionError
 
 _log = logging.getLogger(__name__)
+
+DeviceMaker = Callable[[OpenContext], AbstractAsyncContextManager[BlockDevice]]
+"""A driver's `open` that knows its options already."""
 
 BLOCKING_THREADS: Final = 8
 """Threads that one PARALLEL device may occupy; a SERIAL one has 1."""
@@ -62,21 +65,41 @@ async def open_with(
         options = parse_options(descriptor.options, spec.texts())
     except OptionError as error:
         raise OptionError(f"disk {spec}: {error}") from error
-    session = _Session(str(spec), device_id)
+    opening = open_device(
+        lambda context: descriptor.open(context, options),
+        name=str(spec),
+        concurrency=descriptor.concurrency,
+        device_id=device_id,
+        writable=writable,
+        image_dirs=image_dirs,
+    )
+    async with opening as access:
+        yield access
+
+
+@asynccontextmanager
+async def open_device(
+    make: DeviceMaker,
+    *,
+    name: str,
+    concurrency: Concurrency,
+    device_id: str,
+    writable: bool,
+    image_dirs: Sequence[Path] = (),
+) -> AsyncIterator[DeviceAccess]:
+    """As `open_disk`, with a function that opens the device; `name` is for error texts."""
+    session = _Session(name, device_id)
     context = OpenContext(
         device_id=device_id,
         writable=writable,
-        run_blocking=_blocking_runner(descriptor.concurrency),
+        run_blocking=_blocking_runner(concurrency),
         invalidate=session.invalidate,
         image_dirs=tuple(image_dirs),
     )
     try:
-        async with descriptor.open(context, options) as device:
+        async with make(context) as device:
             session.access = DeviceAccess(
-                device,
-                device_id=device_id,
-                concurrency=descriptor.concurrency,
-                writable=writable,
+                device, device_id=device_id, concurrency=concurrency, writable=writable
             )
             try:
                 yield session.access

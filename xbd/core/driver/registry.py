@@ -59,7 +59,7 @@ def load_driver(name: str) -> DriverDescriptor[Any]:
     if len(found[name]) > 1:
         claims = " and ".join(f"{_package(entry)} ({entry.value})" for entry in found[name])
         raise DriverConflict(f"driver {name!r} is offered by {claims}: uninstall one")
-    return _checked(name, _import(name))
+    return check_descriptor(name, _import(name))
 
 
 def list_drivers() -> list[DriverInfo]:
@@ -118,8 +118,11 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _checked(name: str, found: object) -> DriverDescriptor[Any]:
-    """What the entry point led to, if it is a driver for this version of xbd."""
+def check_descriptor(name: str, found: object) -> DriverDescriptor[Any]:
+    """`found`, if it is a driver of that name for this version of xbd.
+
+    Raises `DriverLoadError` or `DriverApiMismatch`.
+    """
     what = f"driver {name!r}"
     if not isinstance(found, DriverDescriptor):
         raise DriverLoadError(f"{what}: {type(found).__name__} is not a DriverDescriptor")

@@ -1,8 +1,10 @@
 """For tests of drivers, and of what uses them: doubles, faults, and the conformance suite.
 
-``await check_block_device(make, options)`` is a driver's whole test; see docs/driver-authors.md.
+``await check_driver(DRIVER, "name:/path?size=1M")`` or ``await check_block_device(make)`` tests
+whether a driver keeps the contract; docs/driver-authors.md shows how.
 """
 
+from xbd.core.driver.testing.conformance import check_block_device, check_driver
 from xbd.core.driver.testing.faults import Fault, FaultDevice
 from xbd.core.driver.testing.memory import (
     ALL_CAPABILITIES,
@@ -28,5 +30,7 @@ __all__ = [
     "Wrapper",
     "Write",
     "WriteLog",
+    "check_block_device",
+    "check_driver",
     "memory_driver",
 ]
