@@ -40,6 +40,7 @@ class Disk:
         self._hypervisor = hypervisor
         self._grants = grants
         self._journal_dir = journal_dir
+        access.subscribe(self.invalidate)
 
     def limits(self) -> Limits:
         """What requests may ask for."""

@@ -136,12 +136,13 @@ class RingServer:
             await self._quiet.park()
 
     def transfers(self, offset: int, length: int) -> set[Work]:
-        """Transfers in flight that touch a range."""
+        """Transfers through extents, in flight, that touch a range."""
         end = offset + length
         return {
             work
             for work in self._open.values()
             if isinstance(work, Work)
+            and work.direct
             and work.request.offset < end
             and offset < work.request.offset + work.request.length
         }
@@ -256,6 +257,7 @@ class RingServer:
             if found is None:
                 self.nursery.start_soon(self._upcall, work)
             else:
+                work.direct = True
                 self.engine.start(self, work, found[2], request.offset + found[3])
                 queued = True
         if failed:
@@ -344,9 +346,12 @@ class RingServer:
     def completed(self, good: Sequence[Work], bad: Sequence[Work]) -> None:
         """From the engine.  What it could not move whole, the driver's methods try again."""
         for work in bad:
+            work.direct = False
             self.nursery.start_soon(self._upcall, work)
         if good:
             self._answer(self._finish(good))
+        elif self._quiet:
+            self._quiet.unpark_all()
 
     def _finish(self, works: Sequence[Work]) -> list[Answer]:
         self.pages.finish(works)

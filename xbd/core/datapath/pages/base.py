@@ -50,6 +50,8 @@ class Work:
     held: list[Page] | GrantMapping | list[int] | None = None
     """What the pages' owner gives back when the work is finished."""
     views: list[memoryview] = attrs.Factory(list)
+    direct: bool = False
+    """Whether the engine moves it now, through an answer of `resolve`."""
 
     def buffers(self) -> list[memoryview]:
         """The segments' memory, one view each; they die with the work."""
