@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+from collections.abc import Iterable
 from typing import Any
 
 import attrs
@@ -53,8 +54,7 @@ def load_driver(name: str) -> DriverDescriptor[Any]:
     """
     found = _entry_points()
     if name not in found:
-        known = ", ".join(sorted(found)) or "none"
-        raise DriverNotFound(f"there is no driver {name!r} (installed: {known})")
+        raise _not_found(name, found)
     # Before anything is imported: stevedore would import all of them to complain about two.
     if len(found[name]) > 1:
         claims = " and ".join(f"{_package(entry)} ({entry.value})" for entry in found[name])
@@ -65,6 +65,14 @@ def load_driver(name: str) -> DriverDescriptor[Any]:
 def list_drivers() -> list[DriverInfo]:
     """All installed drivers by name.  Imports each; what goes wrong is in `DriverInfo.error`."""
     return [_info(name, entries) for name, entries in sorted(_entry_points().items())]
+
+
+def driver_info(name: str) -> DriverInfo:
+    """What is known about one driver; raises `DriverNotFound`."""
+    found = _entry_points()
+    if name not in found:
+        raise _not_found(name, found)
+    return _info(name, found[name])
 
 
 def _info(name: str, entries: list[importlib.metadata.EntryPoint]) -> DriverInfo:
@@ -79,6 +87,11 @@ def _info(name: str, entries: list[importlib.metadata.EntryPoint]) -> DriverInfo
     except ConfigError as error:
         return attrs.evolve(about, error=str(error))
     return attrs.evolve(about, summary=driver.summary, capabilities=driver.capabilities)
+
+
+def _not_found(name: str, found: Iterable[str]) -> DriverNotFound:
+    known = ", ".join(sorted(found)) or "none"
+    return DriverNotFound(f"there is no driver {name!r} (installed: {known})")
 
 
 def _entry_points() -> dict[str, list[importlib.metadata.EntryPoint]]:
