@@ -7,6 +7,7 @@ in the same domain; so they use nothing but pytest and trio.
 from __future__ import annotations
 
 import abc
+import ctypes
 from collections.abc import Sequence
 
 import pytest
@@ -116,8 +117,6 @@ async def check_both_sides_see_each_others_writes(world: World) -> None:
 
 
 async def check_address_is_where_the_view_is(world: World) -> None:
-    import ctypes
-
     pages = world.grant(3)
     for refs in (pages.refs[:1], pages.refs, pages.refs[::-1]):
         mapping = world.hypervisor.map_grants(world.guest, refs, writable=True)

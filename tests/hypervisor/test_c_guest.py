@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,16 @@ SOURCE = Path(__file__).with_name("guest.c")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "embedded.md"
 TEXT, READONLY, PORT = GrantRef(1), GrantRef(2), Port(1)
 DEADLINE = 20
+HOST = """
+import pathlib, sys, trio
+from xbd.core.hypervisor.embedded import EmbeddedHost
+
+async def serve():
+    async with EmbeddedHost.open(pathlib.Path(sys.argv[1])):
+        await trio.sleep_forever()
+
+trio.run(serve)
+"""
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +114,20 @@ async def test_it_outlives_the_host(process, tmp_path):
         async with EmbeddedHost.open(tmp_path / "xbd") as host:
             assert await joined(process) == 1
             await converse(host, 1, life)
+
+
+async def test_it_outlives_a_killed_host_too(process, tmp_path, nursery):
+    directory = tmp_path / "xbd"
+    killed = await nursery.start(
+        partial(trio.run_process, [sys.executable, "-c", HOST, directory], check=False)
+    )
+    assert await joined(process) == 1
+    killed.kill()
+    with trio.fail_after(DEADLINE):
+        await killed.wait()
+    async with EmbeddedHost.open(directory) as host:
+        assert await joined(process) == 1
+        await converse(host, 1, b"after the kill")
 
 
 async def test_its_death_ends_the_domain(process, tmp_path):

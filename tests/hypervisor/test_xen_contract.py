@@ -1,4 +1,7 @@
-"""The contract, kept by Xen.  Runs in a dom0 with XBD_TEST_XEN=1 (see xen_world.py)."""
+"""The contract, kept by Xen.  Needs a dom0 (see xen_world.py); there, with pytest-trio alone:
+
+XBD_TEST_XEN=1 python3 -m pytest --noconftest -o trio_mode=true test_xen_contract.py
+"""
 
 from __future__ import annotations
 

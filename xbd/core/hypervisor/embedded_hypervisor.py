@@ -99,10 +99,10 @@ class EmbeddedHypervisor(Hypervisor):
         guest = self.guests.get(domid)
         if guest is None:
             raise GrantFailed(f"domain {domid} is not connected to the embedded host")
-        for ref in refs:
-            status = guest.memory.check(ref, writable=writable)
-            if status is not GrantStatus.OKAY:
-                raise GrantFailed(_why_not(domid, ref, status, writable=writable))
+        refused = guest.memory.first_refused(refs, writable=writable)
+        if refused is not None:
+            how = "for writing" if writable else "for reading"
+            raise GrantFailed(f"domain {domid} does not grant us page {refused} {how}")
         if contiguous(refs):
             view, address = guest.memory.run(refs[0], len(refs), writable=writable)
             mapping = EmbeddedMapping(self, guest, view, address, len(refs), scattered=False)
@@ -205,9 +205,10 @@ class EmbeddedMapping(GrantMapping):
         self.scattered = scattered
 
     def unmap(self) -> None:
-        hypervisor, self._hypervisor = self._hypervisor, None
+        hypervisor = self._hypervisor
         if hypervisor is not None:
-            self.view.release()
+            self.view.release()  # BufferError if somebody is at it: then nothing has happened
+            self._hypervisor = None
             hypervisor.forget_mapping(self)
 
 
@@ -276,10 +277,3 @@ def _copy(memory: GuestMemory, op: CopyOp) -> GrantStatus:
     else:
         op.local[:] = page[op.offset : op.offset + length]
     return GrantStatus.OKAY
-
-
-def _why_not(domid: Domid, ref: GrantRef, status: GrantStatus, *, writable: bool) -> str:
-    if status is GrantStatus.BAD_GNTREF:
-        return f"domain {domid} has no grant reference {ref}"
-    how = "for writing" if writable else "for reading"
-    return f"domain {domid} does not grant us page {ref} {how}"

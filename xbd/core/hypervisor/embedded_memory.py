@@ -106,6 +106,17 @@ class GuestMemory:
             return GrantStatus.OKAY
         return GrantStatus.GENERAL_ERROR
 
+    def first_refused(self, refs: Sequence[GrantRef], *, writable: bool) -> GrantRef | None:
+        """The first of these pages that `check` does not find okay; one look at each."""
+        table, pages = self._table, self.pages
+        for ref in refs:
+            if not 0 <= ref < pages:
+                return ref
+            entry = table[ref]
+            if entry != _GRANTED and (writable or entry != _GRANTED_READONLY):
+                return ref
+        return None
+
     def run(self, first: GrantRef, pages: int, *, writable: bool) -> tuple[memoryview, int]:
         """Pages that lie side by side in the guest, and their address.  No system call."""
         start, end = first * PAGE_SIZE, (first + pages) * PAGE_SIZE
@@ -138,7 +149,8 @@ class GuestMemory:
 
 def contiguous(refs: Sequence[GrantRef]) -> bool:
     """Whether these pages lie side by side in the guest already."""
-    return len(refs) == 1 or all(ref == refs[0] + index for index, ref in enumerate(refs))
+    first, pages = refs[0], len(refs)
+    return pages == 1 or list(refs) == list(range(first, first + pages))
 
 
 def runs(refs: Sequence[GrantRef]) -> list[tuple[int, GrantRef, int]]:

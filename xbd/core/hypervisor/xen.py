@@ -162,9 +162,10 @@ class XenMapping(GrantMapping):
         self.view = view if writable else view.toreadonly()
 
     def unmap(self) -> None:
-        hypervisor, self._hypervisor = self._hypervisor, None
+        hypervisor = self._hypervisor
         if hypervisor is not None:
-            self.view.release()
+            self.view.release()  # BufferError if somebody is at it: then nothing has happened
+            self._hypervisor = None
             hypervisor.unmap(self, self._pointer)
 
 
