@@ -98,7 +98,7 @@ def _entry_points() -> dict[str, list[importlib.metadata.EntryPoint]]:
     by_name: dict[str, list[importlib.metadata.EntryPoint]] = {}
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         by_name.setdefault(entry.name, []).append(entry)
-    return by_name
+    return {name: sorted(entries, key=_package) for name, entries in by_name.items()}
 
 
 def _package(entry: importlib.metadata.EntryPoint) -> str:
@@ -115,7 +115,7 @@ def _import(name: str) -> Any:
         )
     except DriverLoadError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DriverLoadError(f"driver {name!r} can't be loaded: {_one_line(error)}") from error
     return manager.driver
 

@@ -125,8 +125,12 @@ class _Player:
                     self.model[offset : offset + len(data)] = data
                     break
         elif can(self.access, Capability.DISCARD):
-            await self.access.discard([Extent(offset=offset, length=length)])
-            self.model[part] = await read(self.access, offset, length)
+            # Less than a granule would never reach the driver.
+            granule = max(self.access.geometry.discard_granularity, self.unit)
+            start = offset - offset % granule
+            end = min(offset + length + -(offset + length) % granule, len(self.model))
+            await self.access.discard([Extent(offset=start, length=end - start)])
+            self.model[start:end] = await read(self.access, start, end - start)
 
     def resolve(self, offset: int, length: int, *, for_write: bool) -> None:
         extents = self.access.resolve(offset, length, for_write=for_write)
