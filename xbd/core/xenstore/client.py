@@ -140,6 +140,7 @@ class StoreClient(Calls, Store):
             yield watch
         finally:
             del self._watches[watch.token]
+            watch.end(StoreLost("this watch was closed"))
             if self._link is not None:
                 self._link.post(Op.UNWATCH, _watch_payload(watch))
 
@@ -196,7 +197,7 @@ class StoreClient(Calls, Store):
 
         Raises `OSError`, `StoreError`, `StoreLost`.
         """
-        link = Link(open_store(self.path), self._on_event, answer_within_s=self._answer_within_s)
+        link = Link(open_store(self.path), answer_within_s=self._answer_within_s)
         self._nursery.start_soon(link.run)
         generation = self._generation + 1
         try:
@@ -211,6 +212,7 @@ class StoreClient(Calls, Store):
             raise StoreLost(link.reason)
         self._generation = generation
         self._link = link
+        link.on_event = self._on_event
         for watch in watches:
             if watch.token in self._watches:
                 watch.notify_everything()
@@ -224,6 +226,8 @@ class StoreClient(Calls, Store):
         while True:
             since = trio.current_time()
             await link.lost.wait()
+            if self._closed is not None:
+                return
             _log.warning("xenstore-lost", path=str(self.path), reason=link.reason)
             now = trio.current_time()
             if now - since >= _STABLE_S:

@@ -54,15 +54,13 @@ class _Pending:
 class Link:
     """Drives a non-blocking descriptor, which it owns from now on."""
 
-    def __init__(
-        self, fd: int, on_event: Callable[[bytes, bytes], None], *, answer_within_s: float
-    ) -> None:
-        """`on_event` is called with path and token of each event; it must not raise."""
+    def __init__(self, fd: int, *, answer_within_s: float) -> None:
+        self.on_event: Callable[[bytes, bytes], None] = _nobody_listens
+        """Called with path and token of each event; must not raise."""
         self.lost = trio.Event()
         self.reason = ""
         """Why it was lost."""
         self._fd = fd
-        self._on_event = on_event
         self._answer_within_s = answer_within_s
         self._pending: dict[int, _Pending] = {}
         self._last_id = 0
@@ -201,7 +199,7 @@ class Link:
             parts = strings(message.payload)
             if len(parts) < 2:
                 raise WireError("an event without a token")
-            self._on_event(parts[0], parts[1])
+            self.on_event(parts[0], parts[1])
             return
         pending = self._pending.pop(message.rq_id, None)
         if pending is None:
@@ -230,6 +228,10 @@ class Link:
                     await self.request(Op.GET_DOMAIN_PATH, _PROBE)
                 except (StoreError, StoreLost):
                     continue  # refused: it is alive; lost: `run` is ending
+
+
+def _nobody_listens(path: bytes, token: bytes) -> None:
+    """Until the link is of use, no event is: afterwards everyone looks for themselves."""
 
 
 def _refusal(op: int, payload: bytes, answer: bytes) -> StoreError:
