@@ -1,0 +1,118 @@
+"""``xbd list``: the disks that a running daemon serves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from xbd.config import ControlConfig
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+@click.command("list")
+@click.option(
+    "--socket",
+    type=click.Path(path_type=Path),
+    help="The daemon's control socket, where it is not the usual one.",
+)
+@click.option(
+    "--embedded",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Ask the daemon of the embedded host in DIR.",
+)
+@click.option("--json", "as_json", is_flag=True, help="For programs: one JSON list.")
+def list_(socket: Path | None, embedded: Path | None, as_json: bool) -> None:
+    """Show every disk: whose it is, what is behind it, and what it has done."""
+    import trio
+
+    from xbd.core.control.client import ask
+
+    path = socket or (embedded / "control.sock" if embedded else ControlConfig().socket)
+    devices = trio.run(ask, path, "list")
+    if as_json:
+        click.echo(json.dumps(devices, indent=2))
+    elif devices:
+        console = Console()
+        console.print(device_table(devices))
+    else:
+        click.echo("No disks.")
+
+
+def device_table(devices: Sequence[dict[str, Any]]) -> Table:
+    """The answer to the control command ``list``, for people."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name, right in _COLUMNS:
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    for device in devices:
+        table.add_row(*(Text(cell) for cell in _row(device)))
+    return table
+
+
+_COLUMNS = (
+    ("name", False),
+    ("vdev", False),
+    ("driver", False),
+    ("image", False),
+    ("size", True),
+    ("mode", False),
+    ("state", False),
+    ("protocol", False),
+    ("rings", True),
+    ("data path", False),
+    ("reads", True),
+    ("writes", True),
+    ("read", True),
+    ("written", True),
+    ("errors", True),
+    ("last error", False),
+)
+
+
+def _row(device: dict[str, Any]) -> list[str]:
+    stats = device["stats"]
+    rings = f"{device['queues']}x{device['ring_pages']}" if device["queues"] else None
+    cells = (
+        device["name"],
+        device["vdev"],
+        device["driver"],
+        device["image"],
+        human_size(device["size"]),
+        device["mode"],
+        device["state"],
+        device["protocol"],
+        rings,
+        device["data_path"],
+        str(stats["rd_req"]),
+        str(stats["wr_req"]),
+        human_size(stats["rd_bytes"]),
+        human_size(stats["wr_bytes"]),
+        str(stats["errors"]),
+        device["last_error"],
+    )
+    return ["-" if cell is None else _printable(cell) for cell in cells]
+
+
+def human_size(size: int | None) -> str | None:
+    """Bytes in the largest unit that leaves at least 1, with three digits."""
+    if size is None:
+        return None
+    value = float(size)
+    for unit in _UNITS:
+        if value < 1000 or unit == _UNITS[-1]:
+            return f"{size} B" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1024
+    raise AssertionError("the last unit takes everything")
+
+
+def _printable(text: str) -> str:
+    """Nothing that a terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,0 +1,277 @@
+"""One device's life, from the toolstack's order to the last unmap.
+
+A device is one task that sleeps until its bell rings, looks at both directories, takes one step,
+and looks again until nothing is left to do.  So any number of events is one look, and steps of one
+device never overlap.
+"""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+
+import attrs
+import trio
+
+from xbd.core.backend.bell import Bell
+from xbd.core.backend.diagnostics import Diagnostics
+from xbd.core.backend.failure import FailureBudget, is_store_lost, stops_daemon, worst
+from xbd.core.backend.identity import DeviceId
+from xbd.core.backend.keys import OwnKeys
+from xbd.core.backend.link import Link
+from xbd.core.backend.node import Node
+from xbd.core.backend.policy import Policy
+from xbd.core.backend.publish import choose_features
+from xbd.core.backend.serving import NEW, Outcome, Pace, Serving
+from xbd.core.blkif.state import XenbusState
+from xbd.core.datapath import Disk, FrontendConfig
+from xbd.core.driver import Capability, DeviceAccess, DiskSpec, open_disk
+from xbd.core.errors import ConfigError, StoreLost
+from xbd.core.hypervisor import Hypervisor
+from xbd.core.xenstore.base import Store
+
+_OPEN_STATES = (XenbusState.INIT_WAIT, XenbusState.INITIALISED, XenbusState.CONNECTED)
+
+
+def disk_text(own: OwnKeys) -> str:
+    """The disk's text, without the format that libxl puts before it."""
+    return own.params.removeprefix("aio:")
+
+
+@attrs.define(eq=False, kw_only=True)
+class Services:
+    """What all devices share."""
+
+    store: Store
+    base: str
+    """This domain's directory in XenStore, ``/local/domain/0``."""
+    hypervisor: Hypervisor
+    policy: Policy
+
+
+class Device:
+    """One backend directory and whatever is behind it."""
+
+    def __init__(
+        self,
+        device: DeviceId,
+        services: Services,
+        diagnostics: Diagnostics,
+        *,
+        refusal: ConfigError | None = None,
+    ) -> None:
+        """`refusal`: a reason not to open the disk at all."""
+        self.id = device
+        self.disk: Disk | None = None
+        self.last_error: str | None = None
+        self._services = services
+        self._policy = services.policy
+        self._diagnostics = diagnostics
+        self._refusal = refusal
+        self._node = Node(services.store, services.base, device)
+        self._bell = Bell()
+        self._stopping = trio.Event()
+        self._pace = Pace()
+        limits = services.policy.limits
+        self._budget = FailureBudget(limits.failures, limits.failure_window_seconds)
+
+    @property
+    def own(self) -> OwnKeys | None:
+        """Our directory as it was seen last."""
+        return self._node.own
+
+    @property
+    def frontend_state(self) -> XenbusState | None:
+        """The guest's state as it was seen last."""
+        return self._node.theirs
+
+    @property
+    def frontend(self) -> FrontendConfig | None:
+        """What the connected frontend chose; None while there is none."""
+        connection = self.disk.connection if self.disk is not None else None
+        return connection.frontend if connection is not None else None
+
+    def ring(self) -> None:
+        """Something may have changed."""
+        self._bell.ring()
+
+    def stop(self) -> None:
+        """Let `run` end, in the way that the policy wants."""
+        self._stopping.set()
+        self._bell.ring()
+
+    async def run(self) -> None:
+        """Until the directory has vanished or the daemon stops.  Raises what stops the daemon."""
+        while not self._stopping.is_set():
+            try:
+                own = await self._node.read()
+            except StoreLost:
+                await self._bell.wait()
+                continue
+            if own is not None:
+                await self._incarnation(own)
+            elif not self._bell.take():
+                break  # and nothing can happen between this look and the end
+
+    async def _incarnation(self, own: OwnKeys) -> Outcome:
+        """From one attach by the toolstack to its end."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch, own)
+            outcome = await self._live(own)
+            nursery.cancel_scope.cancel()
+        if outcome is not Outcome.AGAIN:
+            self._diagnostics.detached(outcome.value)
+        return outcome
+
+    async def _watch(self, own: OwnKeys) -> None:
+        async with self._node.watch_frontend(own) as watch:
+            while True:
+                await watch.changed()
+                self._bell.ring()
+
+    async def _live(self, own: OwnKeys) -> Outcome:
+        self._bell.ring()
+        try:
+            if own.online or own.state not in (XenbusState.CLOSING, XenbusState.CLOSED):
+                outcome = await self._with_disk(own)
+                if outcome is not Outcome.DETACHED:
+                    return outcome
+            return await self._without_disk(retry=False)
+        except Exception as error:
+            return await self._failed(worst(error))
+
+    async def _failed(self, error: BaseException) -> Outcome:
+        """Close the device because of an error; serve it again if the guest tries again."""
+        if stops_daemon(error):
+            raise error
+        if is_store_lost(error):
+            return Outcome.AGAIN
+        self._diagnostics.failed(error)
+        self.last_error = str(error)
+        retry = self._budget.spend()
+        if not retry:
+            limits = self._policy.limits
+            self._diagnostics.worn_out(limits.failures, limits.failure_window_seconds)
+        try:
+            own = await self._node.read()
+            if own is not None:
+                new = XenbusState.CLOSING if own.state in _OPEN_STATES else own.state
+                await self._node.fail(own.state, error, new)
+            return await self._without_disk(retry=retry)
+        except StoreLost:
+            return Outcome.AGAIN
+
+    # -- with a disk ------------------------------------------------------------------------
+
+    async def _with_disk(self, own: OwnKeys) -> Outcome:
+        async with AsyncExitStack() as stack:
+            try:
+                access = await self._open(own, stack)
+            except Exception as error:
+                refusal = worst(error)
+            else:
+                try:
+                    return await self._serve(own, access)
+                finally:
+                    self.disk = None
+        return await self._refuse(own, refusal)
+
+    async def _open(self, own: OwnKeys, stack: AsyncExitStack) -> DeviceAccess:
+        if self._refusal is not None:
+            raise self._refusal
+        spec = DiskSpec.parse(disk_text(own))
+        opening = open_disk(
+            spec,
+            device_id=self.id.name,
+            writable=own.writable,
+            image_dirs=self._policy.image_dirs,
+        )
+        access = await stack.enter_async_context(opening)
+        self._diagnostics.attached(str(spec), access.geometry, writable=own.writable)
+        return access
+
+    async def _serve(self, own: OwnKeys, access: DeviceAccess) -> Outcome:
+        policy = self._policy
+        features = choose_features(policy.features, policy.grants, access.capabilities, own)
+        self.disk = disk = Disk(
+            access,
+            name=self.id.name,
+            devid=self.id.devid,
+            read_only=Capability.WRITE not in access.capabilities,
+            features=features,
+            hypervisor=self._services.hypervisor,
+            grants=policy.grants,
+            journal_dir=policy.journal_dir,
+        )
+        if own.state in (*NEW, XenbusState.INIT_WAIT):
+            new = XenbusState.INIT_WAIT
+            if not await self._node.publish(own, access.geometry, features, new):
+                return Outcome.AGAIN
+        async with trio.open_nursery() as nursery:
+            link = Link(disk, nursery, self._bell)
+            serving = Serving(
+                node=self._node,
+                disk=disk,
+                link=link,
+                bell=self._bell,
+                policy=policy,
+                diagnostics=self._diagnostics,
+                pace=self._pace,
+                stopping=self._stopping,
+            )
+            try:
+                return await serving.run()
+            finally:
+                await link.abandon()
+                nursery.cancel_scope.cancel()
+
+    # -- without one ------------------------------------------------------------------------
+
+    async def _refuse(self, own: OwnKeys, error: BaseException) -> Outcome:
+        """The disk can't be opened: let the toolstack's attach fail with the reason."""
+        self._diagnostics.open_failed(error)
+        self.last_error = str(error)
+        if own.state in (*NEW, XenbusState.INIT_WAIT):
+            new = XenbusState.INIT_WAIT
+        else:
+            new = XenbusState.CLOSING if own.state in _OPEN_STATES else XenbusState.CLOSED
+        if not await self._node.fail(own.state, error, new):
+            return Outcome.AGAIN
+        return await self._without_disk(retry=True)
+
+    async def _without_disk(self, *, retry: bool) -> Outcome:
+        """Answer both sides as far as that goes without a disk.
+
+        `retry`: serve again when the guest begins anew.
+        """
+        self._bell.ring()
+        while True:
+            await self._bell.wait()
+            if self._stopping.is_set():
+                return Outcome.STOPPED
+            own = await self._node.read()
+            if own is None:
+                return Outcome.VANISHED
+            if own.state in NEW:
+                return Outcome.RENEWED
+            theirs = await self._node.frontend_state(own)
+            begins_anew = own.online and theirs is XenbusState.INITIALISING
+            if retry and begins_anew and own.state is XenbusState.CLOSED:
+                return Outcome.AGAIN
+            await self._node.switch(own.state, without_disk(own, theirs))
+
+
+def without_disk(own: OwnKeys, theirs: XenbusState | None) -> XenbusState:
+    """Our next state where there is no disk: only ever towards Closed."""
+    ours = own.state
+    if ours is XenbusState.INIT_WAIT:
+        # libxl is waiting for it, or its script is about to tell the reason.
+        waits = theirs in (XenbusState.INITIALISED, XenbusState.CONNECTED)
+        return XenbusState.CLOSING if waits and (own.script_done or not own.script) else ours
+    if ours is XenbusState.CLOSING:
+        frontend_is_open = theirs in (
+            XenbusState.INITIALISED,
+            XenbusState.CONNECTED,
+            XenbusState.CLOSING,
+        )
+        return ours if frontend_is_open and own.online else XenbusState.CLOSED
+    return ours

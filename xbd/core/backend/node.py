@@ -1,0 +1,126 @@
+"""A device's directory in XenStore: everything that is written there, each thing in a transaction.
+
+Two rules hold for all of it.  A directory that the toolstack has removed is never made again.
+A state that the toolstack has written meanwhile is never overwritten: whoever finds another state
+than expected writes nothing and looks again.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+
+from xbd.core.backend.failure import (
+    ERROR_KEY,
+    STATUS_KEY,
+    clear_error_node,
+    for_store,
+    write_error_node,
+)
+from xbd.core.backend.identity import DeviceId
+from xbd.core.backend.keys import (
+    OwnKeys,
+    parse_state,
+    read_frontend,
+    read_frontend_state,
+    read_own,
+)
+from xbd.core.backend.publish import write_offer
+from xbd.core.blkif.state import XenbusState
+from xbd.core.datapath.config import Features, FrontendConfig
+from xbd.core.driver import Geometry
+from xbd.core.xenstore.base import Store, StoreReader, Watch
+
+Body = Callable[[StoreReader], Awaitable[None]]
+
+
+class Node:
+    """One backend directory."""
+
+    def __init__(self, store: Store, base: str, device: DeviceId) -> None:
+        self._store = store
+        self._base = base
+        self.device = device
+        self.path = device.path(base)
+        self.own: OwnKeys | None = None
+        """As `read` saw it last; for listings."""
+        self.theirs: XenbusState | None = None
+        """As `frontend_state` saw it last; for listings."""
+
+    async def read(self) -> OwnKeys | None:
+        """None: the directory is gone."""
+        self.own = await read_own(self._store, self.path)
+        return self.own
+
+    async def frontend_state(self, own: OwnKeys) -> XenbusState | None:
+        """Unknown: the frontend's directory is gone.  None: what is there means nothing."""
+        self.theirs = await read_frontend_state(self._store, own.frontend)
+        return self.theirs
+
+    async def read_frontend(self, own: OwnKeys, *, features: Features) -> FrontendConfig:
+        """What the frontend chose; raises `BadNegotiation`."""
+        return await read_frontend(
+            self._store,
+            own.frontend,
+            domid=self.device.domid,
+            features=features,
+            machine=platform.machine(),
+        )
+
+    def watch_frontend(self, own: OwnKeys) -> AbstractAsyncContextManager[Watch]:
+        """Only its state: a guest may write whatever else it likes, as often as it likes."""
+        return self._store.watch(f"{own.frontend}/state")
+
+    async def _change(self, expected: XenbusState, body: Body) -> bool:
+        async def guarded(tree: StoreReader) -> bool:
+            text = await tree.read(f"{self.path}/state")
+            if text is None or (parse_state(text) or XenbusState.UNKNOWN) is not expected:
+                return False
+            await body(tree)
+            return True
+
+        return await self._store.transact(guarded)
+
+    async def _write_state(self, tree: StoreReader, state: XenbusState) -> None:
+        await tree.write(f"{self.path}/state", str(int(state)))
+
+    async def switch(self, expected: XenbusState, new: XenbusState) -> bool:
+        """Write our state; False: the toolstack was faster."""
+        if new is expected:
+            return True
+
+        async def body(tree: StoreReader) -> None:
+            await self._write_state(tree, new)
+
+        return await self._change(expected, body)
+
+    async def publish(
+        self, own: OwnKeys, geometry: Geometry, features: Features, state: XenbusState
+    ) -> bool:
+        """Geometry, features and xbd-status, and then the state (InitWait)."""
+
+        async def body(tree: StoreReader) -> None:
+            await write_offer(tree, self.path, geometry, features, own)
+            await tree.write(f"{self.path}/{STATUS_KEY}", "open")
+            await tree.remove(f"{self.path}/{ERROR_KEY}")
+            await clear_error_node(tree, self.device, self._base)
+            await self._write_state(tree, state)
+
+        return await self._change(own.state, body)
+
+    async def fail(self, expected: XenbusState, error: BaseException, state: XenbusState) -> bool:
+        """Say why the disk can't be served: xbd-status, xbd-error, the error node; then the state.
+
+        Where the disk could not be opened the state is InitWait all the same: libxl waits for it,
+        and then runs the hotplug script, which finds xbd-status and lets the attach fail with
+        xbd-error as the reason.
+        """
+
+        async def body(tree: StoreReader) -> None:
+            await tree.write(f"{self.path}/{STATUS_KEY}", "error")
+            await tree.write(f"{self.path}/{ERROR_KEY}", for_store(error))
+            await write_error_node(tree, self.device, self._base, error)
+            await self._write_state(tree, state)
+
+        return await self._change(expected, body)

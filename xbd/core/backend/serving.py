@@ -1,0 +1,188 @@
+"""A device whose disk is open: connect, disconnect, publish anew, until somebody ends it.
+
+What to do is the table in `xbd.core.blkif.state`; here is how.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+import time
+
+import attrs
+import trio
+
+from xbd.core.backend.bell import Bell
+from xbd.core.backend.diagnostics import Diagnostics
+from xbd.core.backend.keys import OwnKeys
+from xbd.core.backend.link import Link
+from xbd.core.backend.node import Node
+from xbd.core.backend.policy import OnStop, Policy
+from xbd.core.blkif.state import Action, XenbusState, step
+from xbd.core.datapath.disk import Disk
+from xbd.core.errors import BadNegotiation, StoreLost
+
+_CLOSING = (XenbusState.UNKNOWN, XenbusState.CLOSING, XenbusState.CLOSED)
+NEW = (XenbusState.UNKNOWN, XenbusState.INITIALISING)
+"""States that only the toolstack writes."""
+_FREE_CONNECTS = 8
+_CONNECT_PAUSE_SECONDS = 1.0
+
+
+class Outcome(enum.Enum):
+    """Why serving a disk ended."""
+
+    VANISHED = "its directory was removed"
+    RENEWED = "the toolstack attached it anew"
+    DETACHED = "the toolstack detached it"
+    STOPPED = "the daemon stops"
+    AGAIN = "XenStore has to be read anew"
+
+
+@attrs.define(eq=False)
+class Pace:
+    """Keeps a guest that connects and closes for ever from keeping the daemon busy."""
+
+    _left: float = _FREE_CONNECTS
+    _last: float = attrs.field(factory=time.monotonic)
+
+    async def wait(self) -> None:
+        now = time.monotonic()
+        refill = (now - self._last) / _CONNECT_PAUSE_SECONDS
+        self._left = min(_FREE_CONNECTS, self._left + refill) - 1
+        self._last = now
+        if self._left < 0:
+            await trio.sleep(-self._left * _CONNECT_PAUSE_SECONDS)
+
+
+@attrs.define(eq=False, kw_only=True)
+class Serving:
+    """One opened disk and its frontend."""
+
+    node: Node
+    disk: Disk
+    link: Link
+    bell: Bell
+    policy: Policy
+    diagnostics: Diagnostics
+    pace: Pace
+    stopping: trio.Event
+    """Set once when the daemon is told to stop; the bell is rung too."""
+
+    async def run(self) -> Outcome:
+        """Follow the two states.  Raises what closes the device."""
+        while True:
+            await self.bell.wait()
+            try:
+                if self.stopping.is_set():
+                    return await self._stop()
+                outcome = await self._look()
+            except StoreLost:
+                continue  # the watches fire when it is back, and the guest's requests go on
+            if outcome is not None:
+                return outcome
+
+    async def _look(self) -> Outcome | None:
+        if self.link.failure is not None:
+            raise self.link.failure
+        own = await self.node.read()
+        if own is None:
+            await self._disconnect()
+            return Outcome.VANISHED
+        if own.state in NEW:
+            await self._disconnect()
+            return Outcome.RENEWED
+        theirs = await self.node.frontend_state(own)
+        return await self._take(own, theirs) if theirs is not None else None
+
+    # -- steps ------------------------------------------------------------------------------
+
+    async def _take(self, own: OwnKeys, theirs: XenbusState) -> Outcome | None:
+        """The next step of the table."""
+        ours = own.state
+        detached = not own.online and ours in (XenbusState.CLOSING, XenbusState.CLOSED)
+        if detached and not self.link.connected and theirs is not XenbusState.CLOSING:
+            return Outcome.DETACHED
+        if ours is XenbusState.INIT_WAIT and self._held(own):
+            return None
+        todo = step(ours, theirs, online=own.online)
+        if todo.action is Action.CONNECT:
+            if not await self._meet(own, theirs):
+                return None
+        elif todo.action is Action.DISCONNECT:
+            await self._disconnect()
+        elif todo.action is Action.PUBLISH:
+            assert todo.next is not None, "features are only published with a state"
+            geometry = self.disk.access.geometry
+            await self.node.publish(own, geometry, self.disk.features, todo.next)
+            self.bell.ring()
+            return None
+        if todo.next not in (None, ours):
+            # If the toolstack was faster, its own event rings the bell.
+            await self.node.switch(ours, todo.next)
+            self.bell.ring()
+        return None
+
+    def _held(self, own: OwnKeys) -> bool:
+        """Whether libxl may still be waiting to see InitWait, and nothing later."""
+        if not own.script or own.script_done:
+            return False
+        # NetBSD's libxl runs scripts for vbd alone, so there is nothing to wait for.
+        return not (sys.platform.startswith("netbsd") and self.node.device.kind != "vbd")
+
+    async def _meet(self, own: OwnKeys, theirs: XenbusState) -> bool:
+        """The frontend has written its keys; False: they are not to be used."""
+        try:
+            frontend = await self.node.read_frontend(own, features=self.disk.features)
+        except BadNegotiation:
+            if self.link.connected and theirs is XenbusState.CONNECTED:
+                return False  # it works, and only scribbles
+            raise
+        if frontend == self.link.frontend:
+            return True
+        if self.link.connected:
+            # A guest that was suspended comes with new rings and never closes the old ones.
+            await self._disconnect()
+        await self.pace.wait()
+        await self.link.connect(frontend)
+        self.diagnostics.connected(frontend, self.disk.describe())
+        return True
+
+    async def _disconnect(self) -> None:
+        if not self.link.connected:
+            return
+        if not await self.link.drain(self.policy.limits.drain_seconds):
+            self.diagnostics.stuck(self.policy.limits.drain_seconds)
+        self.diagnostics.disconnected()
+
+    # -- the end ----------------------------------------------------------------------------
+
+    async def _stop(self) -> Outcome:
+        """The daemon stops: close, or leave everything for the next daemon."""
+        if self.link.connected and self.policy.on_stop is OnStop.CLOSE:
+            with trio.move_on_after(self.policy.limits.frontend_seconds):
+                await self._ask_to_close()
+        was_connected = self.link.connected
+        await self._disconnect()
+        if was_connected and self.policy.on_stop is OnStop.CLOSE:
+            await self._close_for_good()
+        return Outcome.STOPPED
+
+    async def _ask_to_close(self) -> None:
+        """State Closing; the guest may still write what it has until it closes too."""
+        asked = False
+        while self.link.connected:
+            own = await self.node.read()
+            if own is None:
+                await self.link.abandon()
+                return
+            if not asked:
+                asked = await self.node.switch(own.state, XenbusState.CLOSING)
+            elif await self.node.frontend_state(own) in _CLOSING:
+                return
+            await self.bell.wait()
+
+    async def _close_for_good(self) -> None:
+        own = await self.node.read()
+        if own is not None:
+            await self.node.switch(own.state, XenbusState.CLOSED)

@@ -1,0 +1,277 @@
+"""The daemon: puts the rooms together, and ends them in order.
+
+It serves real guests through Xen's libraries, or, with a directory for the embedded host, other
+processes as guests.  Above `Host` nothing knows which.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+import sdnotify
+import structlog
+import trio
+
+from xbd import __version__
+from xbd.config import Config
+from xbd.core.backend.device import Services
+from xbd.core.backend.failure import worst
+from xbd.core.backend.report import describe_device
+from xbd.core.backend.supervisor import Supervisor
+from xbd.core.control.server import Handler, serve
+from xbd.core.errors import ConfigError, StoreError, StoreLost, StoreUnavailable
+from xbd.core.hypervisor import Hypervisor
+from xbd.core.hypervisor.embedded import EmbeddedHost
+from xbd.core.units import Domid
+from xbd.core.xenstore.base import Store
+from xbd.core.xenstore.client import StoreClient, default_store_path
+from xbd.core.xenstore.server import EmbeddedXenStore
+
+_STOP_SLACK_SECONDS: Final = 10.0
+"""What a stop may take beyond the limits for frontends and storage."""
+
+_MAX_DOMAINS: Final = 1 << 15
+
+_log = structlog.get_logger("xbd.daemon")
+
+
+@attrs.frozen(kw_only=True)
+class Host:
+    """Where guests are."""
+
+    store: Store
+    hypervisor: Hypervisor
+    lost: trio.MemoryReceiveChannel[Domid] | None = None
+    """Guests whose process has ended; None where a toolstack takes care of that."""
+
+
+async def run_daemon(config: Config, *, embedded: Path | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; a second one ends it at once.
+
+    Raises `ConfigError` if it can't begin, `HypervisorLost` or `StoreLost` if it can't go on.
+    """
+    if embedded is not None:
+        config = _for_embedded(config, embedded)
+    _prepare_journal(config.backend.journal_dir)
+    opening = xen_host(config) if embedded is None else embedded_host(embedded)
+    try:
+        async with opening as host:
+            await Daemon(config, host).run()
+            _report_leaks(host.hypervisor)
+    except Exception as error:
+        raise worst(error) from None
+
+
+def _for_embedded(config: Config, directory: Path) -> Config:
+    """Everything that the daemon makes lies in the embedded host's directory."""
+    return attrs.evolve(
+        config,
+        backend=attrs.evolve(config.backend, journal_dir=directory / "journal"),
+        control=attrs.evolve(config.control, socket=directory / "control.sock"),
+    )
+
+
+def _prepare_journal(directory: Path | None) -> None:
+    if directory is None:
+        return
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make journal directory {directory}: {error.strerror}") from None
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ConfigError(f"no permission to write to journal directory {directory}")
+
+
+def _report_leaks(hypervisor: Hypervisor) -> None:
+    if hypervisor.mapped_pages or hypervisor.bound_ports:
+        _log.error(
+            "guest resources are left over",
+            mapped_pages=hypervisor.mapped_pages,
+            bound_ports=hypervisor.bound_ports,
+        )
+
+
+# -- hosts --------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def xen_host(config: Config) -> AsyncIterator[Host]:
+    """This domain under Xen."""
+    from xbd.core.hypervisor.xen import XenHypervisor
+
+    path = config.store.path or default_store_path()
+    async with StoreClient.connect(path) as store:
+        hypervisor = XenHypervisor()
+        try:
+            yield Host(store=store, hypervisor=hypervisor)
+        finally:
+            hypervisor.close()
+
+
+@asynccontextmanager
+async def embedded_host(directory: Path) -> AsyncIterator[Host]:
+    """Processes as guests; a XenStore of our own unless one answers already."""
+    tell_lost, lost = trio.open_memory_channel[Domid](_MAX_DOMAINS)
+    async with AsyncExitStack() as stack:
+        opening = EmbeddedHost.open(directory, on_guest_lost=tell_lost.send_nowait)
+        host = await stack.enter_async_context(opening)
+        store = await stack.enter_async_context(_embedded_store(directory))
+        yield Host(store=store, hypervisor=host.hypervisor, lost=lost)
+
+
+@asynccontextmanager
+async def _embedded_store(directory: Path) -> AsyncIterator[Store]:
+    """The XenStore in `directory`: whoever serves it already, or else a new one."""
+    path = directory / "xenstored.socket"
+    async with AsyncExitStack() as stack:
+        if not await _answers(path):
+            await stack.enter_async_context(EmbeddedXenStore.serve(directory))
+        yield await stack.enter_async_context(StoreClient.connect(path))
+
+
+async def _answers(path: Path) -> bool:
+    try:
+        stream = await trio.open_unix_socket(path)
+    except OSError:
+        return False
+    await stream.aclose()
+    return True
+
+
+async def run_xenstored(directory: Path) -> None:
+    """A XenStore by itself, which outlives the daemons that use it.  Until SIGTERM or SIGINT."""
+    notifier = sdnotify.SystemdNotifier()
+    try:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async with EmbeddedXenStore.serve(directory):
+                _log.info(f"XenStore is served in {directory}")
+                notifier.notify("READY=1")
+                async for _ in signals:
+                    break
+    except Exception as error:
+        raise worst(error) from None
+
+
+# -- the daemon ---------------------------------------------------------------------------------
+
+
+class Daemon:
+    """Supervisor, control socket and signals on one host."""
+
+    def __init__(self, config: Config, host: Host) -> None:
+        self._config = config
+        self._host = host
+        self._notifier = sdnotify.SystemdNotifier()
+        self._started = time.monotonic()
+        self._stopping = False
+
+    async def run(self) -> None:
+        """Until told to stop."""
+        store, config = self._host.store, self._config
+        base = await own_directory(store, config.store.domid)
+        services = Services(
+            store=store, base=base, hypervisor=self._host.hypervisor, policy=config.policy
+        )
+        supervisor = Supervisor(services, config.backend.kinds)
+        supervisor.on_change = lambda: self._status(supervisor)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._signals, supervisor, nursery.cancel_scope)
+            await nursery.start(serve, config.control.socket, self._handlers(supervisor))
+            if self._host.lost is not None:
+                nursery.start_soon(bury_guests, self._host.lost, store, base, config.backend.kinds)
+            nursery.start_soon(self._announce, supervisor)
+            await supervisor.run()
+            nursery.cancel_scope.cancel()
+        if self._stopping:
+            _log.info("stopped")
+
+    async def _announce(self, supervisor: Supervisor) -> None:
+        await supervisor.scanned.wait()
+        _log.info(
+            f"xbd {__version__} serves {', '.join(self._config.backend.kinds)}",
+            hypervisor=self._host.hypervisor.name,
+            control=str(self._config.control.socket),
+        )
+        self._notifier.notify("READY=1")
+        self._status(supervisor)
+
+    def _status(self, supervisor: Supervisor) -> None:
+        if not self._stopping:
+            domains = {device.domid for device in supervisor.devices}
+            count = len(supervisor.devices)
+            self._notifier.notify(f"STATUS={count} disks of {len(domains)} domains")
+
+    async def _signals(
+        self,
+        supervisor: Supervisor,
+        everything: trio.CancelScope,
+        *,
+        task_status: trio.TaskStatus[None],
+    ) -> None:
+        limits = self._config.limits
+        bound = limits.frontend_seconds + limits.drain_seconds + _STOP_SLACK_SECONDS
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            task_status.started()
+            async for number in signals:
+                if self._stopping:
+                    _log.warning("ending at once")
+                    everything.cancel()
+                    return
+                self._stopping = True
+                _log.info(f"stopping on {signal.Signals(number).name}")
+                self._notifier.notify("STOPPING=1")
+                supervisor.stop()
+                everything.deadline = trio.current_time() + bound
+
+    # -- control ----------------------------------------------------------------------------
+
+    def _handlers(self, supervisor: Supervisor) -> dict[str, Handler]:
+        async def list_devices(_arguments: dict[str, Any]) -> list[dict[str, Any]]:
+            return [describe_device(supervisor.devices[key]) for key in sorted(supervisor.devices)]
+
+        async def status(_arguments: dict[str, Any]) -> dict[str, Any]:
+            hypervisor = self._host.hypervisor
+            return {
+                "version": __version__,
+                "pid": os.getpid(),
+                "hypervisor": hypervisor.name,
+                "kinds": self._config.backend.kinds,
+                "devices": len(supervisor.devices),
+                "mapped_pages": hypervisor.mapped_pages,
+                "bound_ports": hypervisor.bound_ports,
+                "uptime_seconds": round(time.monotonic() - self._started, 3),
+                "stopping": self._stopping,
+            }
+
+        return {"list": list_devices, "status": status}
+
+
+async def own_directory(store: Store, domid: int | None) -> str:
+    """This domain's directory in XenStore; raises `StoreUnavailable` if it can't be told."""
+    try:
+        if domid is None:
+            text = await store.read("domid")
+            domid = int(text) if text is not None and text.isdigit() else 0
+        return await store.domain_path(domid)
+    except StoreError as error:
+        raise StoreUnavailable(f"cannot read this domain's number from XenStore: {error}") from None
+
+
+async def bury_guests(
+    lost: trio.MemoryReceiveChannel[Domid], store: Store, base: str, kinds: list[str]
+) -> None:
+    """On the embedded host there is no toolstack to clean up after a guest that died."""
+    async for domid in lost:
+        guest = await store.domain_path(domid)
+        for path in (*(f"{base}/backend/{kind}/{domid}" for kind in kinds), guest):
+            try:
+                await store.remove(path)
+            except (StoreError, StoreLost) as error:
+                _log.warning(f"cannot remove {path}: {error}")
