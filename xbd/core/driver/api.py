@@ -52,10 +52,10 @@ class Geometry:
     """Offsets and lengths of requests are multiples of this; the guest sees it as sector-size."""
     physical_block: int = 512
     request_alignment: int = 1
-    """Offsets and lengths of host I/O through `resolve` must be multiples of this; the core sends
-    what is not aligned through the async methods."""
+    """Offsets and lengths of what the driver is called with, and of host I/O through `resolve`,
+    are multiples of this; of what is smaller the core makes reads and whole writes."""
     memory_alignment: int = 1
-    """Buffer addresses and lengths must be multiples of this; the core bounces what is not."""
+    """Buffer addresses and lengths are multiples of this; the core bounces what is not."""
     discard_granularity: int = 0
     """0: the device's logical block."""
     discard_alignment: int = 0
@@ -83,9 +83,10 @@ class HostExtent:
 class BlockDevice(abc.ABC):
     """An opened disk.
 
-    The core guarantees: ranges lie inside the size and are multiples of `logical_block`; buffers
-    meet `memory_alignment`; no method is called without its capability; never two calls at once
-    for a SERIAL driver.
+    The core guarantees: ranges lie inside the size; offsets and lengths are multiples of
+    `logical_block`, `request_alignment` and `memory_alignment`, except that the disk's end may cut
+    the last block short; buffers meet `memory_alignment`; no method is called without its
+    capability; never two calls at once for a SERIAL driver (but `resolve` at any time).
 
     A method returns when the whole range is done, or raises `DriverError`: there is no short
     transfer.  No buffer may be kept after the return.  When a call is cancelled, buffers must
@@ -159,7 +160,9 @@ class OpenContext:
     run_blocking: BlockingRunner
     invalidate: Callable[[int, int], Awaitable[None]]
     """``await invalidate(offset, length)``: forget answers of `resolve` for this range of the
-    guest's disk.  Returns when no I/O through an old answer is in flight any more."""
+    guest's disk.  Returns when no I/O through an old answer is in flight any more; it waits for
+    nothing else, so it may be awaited inside any method.  From before the call until after it
+    `resolve` must not give the old answer any more."""
     image_dirs: Sequence[Path] = ()
     """Directories in which files that an image names may be opened; empty: none."""
 
