@@ -56,7 +56,10 @@ def answers(path: Path) -> bool:
     """Whether a live server listens on this socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
-        result = probe.connect_ex(str(path))
+        try:
+            result = probe.connect_ex(str(path))
+        except OSError:  # not an errno, but a path that no socket can have
+            return False
     return result in (0, errno.EAGAIN, errno.EINPROGRESS)
 
 

@@ -19,6 +19,7 @@ from xbd.core.xenstore.quotas import Quotas
 from xbd.core.xenstore.tree import SPECIAL_NODES, Node, View, child_path, name_of, parent_of
 
 _PATH: Final = re.compile(rb"/|(/[A-Za-z0-9@_-]+)+")
+_SPECIAL: Final = frozenset(name.encode() for name in SPECIAL_NODES)
 
 
 @attrs.frozen(slots=True)
@@ -39,9 +40,11 @@ def home(domid: int) -> str:
 
 def canonical(who: Identity, raw: bytes, *, special: bool = False) -> str:
     """The absolute path that a request means; also ``@introduceDomain`` etc. if `special`."""
+    if raw.startswith(b"@"):
+        if special and raw in _SPECIAL:
+            return raw.decode()
+        raise StoreError("not a path", errno=errno.EINVAL)
     relative = not raw.startswith(b"/")
-    if special and raw.decode("latin-1") in SPECIAL_NODES:
-        return raw.decode()
     path = home(who.domid).encode() + b"/" + raw if relative else raw
     too_long = len(path) >= ABSOLUTE_PATH_MAX or (relative and len(raw) >= RELATIVE_PATH_MAX)
     if too_long or _PATH.fullmatch(path) is None:

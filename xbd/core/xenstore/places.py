@@ -21,8 +21,8 @@ _RUN_SOCKET: Final = Path("/run/xenstored/socket")
 
 _ADVICE: Final = {
     errno.ENOENT: "is xenstored running? XENSTORED_PATH can name another place",
-    errno.EACCES: "no permission; run as root",
-    errno.EPERM: "no permission; run as root",
+    errno.EACCES: "run as root",
+    errno.EPERM: "run as root",
     errno.ECONNREFUSED: "the socket is there, but nobody answers; start xenstored",
     errno.EAGAIN: "xenstored does not accept connections; look whether it hangs",
     errno.ENODEV: "this kernel does not run under Xen",
