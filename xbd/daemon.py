@@ -6,6 +6,7 @@ processes as guests.  Above `Host` nothing knows which.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -46,7 +47,7 @@ _log = structlog.get_logger("xbd.daemon")
 class Host:
     """Where guests are."""
 
-    store: Store
+    store: StoreClient
     hypervisor: Hypervisor
     lost: trio.MemoryReceiveChannel[Domid] | None = None
     """Guests whose process has ended; None where a toolstack takes care of that."""
@@ -59,7 +60,8 @@ async def run_daemon(config: Config, *, embedded: Path | None = None) -> None:
     """
     if embedded is not None:
         config = _for_embedded(config, embedded)
-    _prepare_journal(config.backend.journal_dir)
+    if config.backend.journal_dir is not None:
+        _make_directory("journal directory", config.backend.journal_dir)
     opening = xen_host(config) if embedded is None else embedded_host(embedded)
     try:
         async with opening as host:
@@ -78,15 +80,14 @@ def _for_embedded(config: Config, directory: Path) -> Config:
     )
 
 
-def _prepare_journal(directory: Path | None) -> None:
-    if directory is None:
-        return
+def _make_directory(what: str, directory: Path) -> None:
+    """Make it for us alone unless it is there; raises `ConfigError` if it can't be used."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"cannot make journal directory {directory}: {error.strerror}") from None
+        raise ConfigError(f"cannot make {what} {directory}: {error.strerror}") from None
     if not os.access(directory, os.W_OK | os.X_OK):
-        raise ConfigError(f"no permission to write to journal directory {directory}")
+        raise ConfigError(f"no permission to write to {what} {directory}")
 
 
 def _report_leaks(hypervisor: Hypervisor) -> None:
@@ -127,7 +128,7 @@ async def embedded_host(directory: Path) -> AsyncIterator[Host]:
 
 
 @asynccontextmanager
-async def _embedded_store(directory: Path) -> AsyncIterator[Store]:
+async def _embedded_store(directory: Path) -> AsyncIterator[StoreClient]:
     """The XenStore in `directory`: whoever serves it already, or else a new one."""
     path = directory / "xenstored.socket"
     async with AsyncExitStack() as stack:
@@ -148,6 +149,7 @@ async def _answers(path: Path) -> bool:
 async def run_xenstored(directory: Path) -> None:
     """A XenStore by itself, which outlives the daemons that use it.  Until SIGTERM or SIGINT."""
     notifier = sdnotify.SystemdNotifier()
+    _make_directory("directory", directory)
     try:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with EmbeddedXenStore.serve(directory):
@@ -265,10 +267,17 @@ async def own_directory(store: Store, domid: int | None) -> str:
 
 
 async def bury_guests(
-    lost: trio.MemoryReceiveChannel[Domid], store: Store, base: str, kinds: list[str]
+    lost: trio.MemoryReceiveChannel[Domid], store: StoreClient, base: str, kinds: list[str]
 ) -> None:
     """On the embedded host there is no toolstack to clean up after a guest that died."""
     async for domid in lost:
+        try:
+            await store.release(domid)
+        except StoreError as error:
+            if error.errno != errno.ENOENT:
+                _log.warning(f"cannot release domain {domid}: {error}")
+        except StoreLost:
+            continue
         guest = await store.domain_path(domid)
         for path in (*(f"{base}/backend/{kind}/{domid}" for kind in kinds), guest):
             try:
