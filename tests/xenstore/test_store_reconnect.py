@@ -115,6 +115,17 @@ async def test_a_hang_is_noticed_by_deadline(relay):
             assert await store.read("/a") is None
 
 
+async def test_a_hang_in_silence_is_noticed_too(relay):
+    with trio.fail_after(WITHIN_S):
+        connection = StoreClient.connect(relay.path, answer_within_s=0.2, probe_after_s=0.1)
+        async with connection as store, store.watch("/a") as watch:
+            await watch.changed()
+            relay.hang()
+            await relay.second_client.wait()
+            relay.resume()
+            assert await watch.changed() == ["/a"]
+
+
 async def test_a_transaction_is_lost_as_a_whole(relay):
     with trio.fail_after(WITHIN_S):
         async with StoreClient.connect(relay.path) as store:

@@ -14,7 +14,8 @@ class Relay:
     def __init__(self, path, target, nursery):
         self.path = path
         self.target = target
-        self.accepted = 0
+        self.second_client = trio.Event()
+        self._accepted = 0
         self._nursery = nursery
         self._streams = []
         self._flowing = trio.Event()
@@ -51,7 +52,9 @@ class Relay:
     async def _accept(self, listener):
         while True:
             client, _ = await listener.accept()
-            self.accepted += 1
+            self._accepted += 1
+            if self._accepted == 2:
+                self.second_client.set()
             self._nursery.start_soon(self._serve, trio.SocketStream(client))
 
     async def _serve(self, client):

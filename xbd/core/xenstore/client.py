@@ -16,10 +16,11 @@ from xbd.core.errors import StoreError, StoreLost, StoreUnavailable
 from xbd.core.units import Domid
 from xbd.core.xenstore.base import Store, StoreReader, Watch
 from xbd.core.xenstore.calls import Calls, decode_text, encode_path
+from xbd.core.xenstore.client_transaction import attempt_transaction
 from xbd.core.xenstore.client_watch import ClientWatch
 from xbd.core.xenstore.link import Link
 from xbd.core.xenstore.places import default_store_path, open_store, unavailable
-from xbd.core.xenstore.protocol import NUL, Op, WireError
+from xbd.core.xenstore.protocol import NUL, Op
 
 __all__ = ["StoreClient", "default_store_path"]
 
@@ -27,8 +28,9 @@ T = TypeVar("T")
 _log = structlog.get_logger(__name__)
 
 ANSWER_WITHIN_S: Final = 10.0
+PROBE_AFTER_S: Final = 30.0
 _FIRST_PAUSE_S: Final = 0.05
-_LONGEST_PAUSE_S: Final = 1.0
+_LONGEST_PAUSE_S: Final = 0.5
 _STABLE_S: Final = 1.0
 """A connection that lived shorter does not reset the back-off."""
 _INITIAL_EVENT_WITHIN_S: Final = 1.0
@@ -47,11 +49,13 @@ class StoreClient(Calls, Store):
         nursery: trio.Nursery,
         *,
         answer_within_s: float,
+        probe_after_s: float,
         patience_s: float | None,
     ) -> None:
         self.path = path
         self._nursery = nursery
         self._answer_within_s = answer_within_s
+        self._probe_after_s = probe_after_s
         self._patience_s = patience_s
         self._link: Link | None = None
         self._generation = 0
@@ -68,11 +72,13 @@ class StoreClient(Calls, Store):
         path: Path | None = None,
         *,
         answer_within_s: float = ANSWER_WITHIN_S,
+        probe_after_s: float = PROBE_AFTER_S,
         patience_s: float | None = None,
     ) -> AsyncIterator[StoreClient]:
         """Connect to the socket or device at `path`, or where this host has XenStore.
 
-        A request not answered within `answer_within_s` (seconds) counts as a broken connection.
+        A request not answered within `answer_within_s` (seconds) counts as a broken connection;
+        after `probe_after_s` of silence one is made, so that a hang does not go unnoticed.
         After `patience_s` seconds without a connection the store is closed for good; None: never.
         Raises `StoreUnavailable` if there is no XenStore to begin with.
         """
@@ -82,6 +88,7 @@ class StoreClient(Calls, Store):
                 path or default_store_path(),
                 nursery,
                 answer_within_s=answer_within_s,
+                probe_after_s=probe_after_s,
                 patience_s=patience_s,
             )
             try:
@@ -147,22 +154,8 @@ class StoreClient(Calls, Store):
     async def transact(self, body: Callable[[StoreReader], Awaitable[T]]) -> T:
         async with self._transactions:
             for attempt in range(_TRANSACTION_ATTEMPTS):
-                link = await self._connected_link()
-                tx_id = await _start_transaction(link)
-                transaction = _Transaction(link, tx_id)
-                try:
-                    result = await body(transaction)
-                except BaseException:
-                    link.post(Op.TRANSACTION_END, b"F\x00", tx_id)
-                    raise
-                finally:
-                    transaction.over = True
-                try:
-                    await link.request(Op.TRANSACTION_END, b"T\x00", tx_id)
-                except StoreError as error:
-                    if error.errno != errno.EAGAIN:
-                        raise
-                else:
+                committed, result = await attempt_transaction(await self._connected_link(), body)
+                if committed:
                     return result
                 await trio.sleep(min(attempt / 1000, _TRANSACTION_LONGEST_PAUSE_S))
         raise StoreError(
@@ -197,7 +190,11 @@ class StoreClient(Calls, Store):
 
         Raises `OSError`, `StoreError`, `StoreLost`.
         """
-        link = Link(open_store(self.path), answer_within_s=self._answer_within_s)
+        link = Link(
+            open_store(self.path),
+            answer_within_s=self._answer_within_s,
+            probe_after_s=self._probe_after_s,
+        )
         self._nursery.start_soon(link.run)
         generation = self._generation + 1
         try:
@@ -264,39 +261,6 @@ class StoreClient(Calls, Store):
         watch = self._watches.get(token)
         if watch is not None:  # otherwise it was just given up: an ordinary race
             watch.notify(decode_text(path))
-
-
-class _Transaction(Calls):
-    """The tree as one transaction on one connection sees it."""
-
-    def __init__(self, link: Link, tx_id: int) -> None:
-        self.over = False
-        self._link = link
-        self._tx_id = tx_id
-
-    async def _call(self, op: int, payload: bytes) -> bytes:
-        if self.over:
-            raise RuntimeError("a transaction was used after its end")
-        return await self._link.request(op, payload, self._tx_id)
-
-
-async def _start_transaction(link: Link) -> int:
-    def give_up(answer: bytes) -> None:
-        link.post(Op.TRANSACTION_END, b"F\x00", _transaction_id(answer))
-
-    answer = await link.request(Op.TRANSACTION_START, NUL, if_abandoned=give_up)
-    try:
-        return _transaction_id(answer)
-    except WireError as error:
-        link.lose(f"xenstored sent {error}")
-        raise StoreLost(str(error)) from error
-
-
-def _transaction_id(answer: bytes) -> int:
-    text = answer.rstrip(NUL)
-    if not text.isdigit() or len(text) > 10 or not 0 < int(text) < 1 << 32:
-        raise WireError("a transaction without a number")
-    return int(text)
 
 
 async def _set_watch(link: Link, watch: ClientWatch, generation: int) -> None:

@@ -35,9 +35,6 @@ _IN_FLIGHT: Final = 64
 """Requests waiting for their answers; more callers than that queue up."""
 _POSTED: Final = 1024
 """Likewise of those that nobody waits for."""
-_IDLE_PROBE_S: Final = 30.0
-"""After so long a silence, ask something: a hang is to be noticed without a request, too."""
-
 _PROBE: Final = b"0" + NUL
 
 
@@ -54,7 +51,8 @@ class _Pending:
 class Link:
     """Drives a non-blocking descriptor, which it owns from now on."""
 
-    def __init__(self, fd: int, *, answer_within_s: float) -> None:
+    def __init__(self, fd: int, *, answer_within_s: float, probe_after_s: float) -> None:
+        """After `probe_after_s` seconds of silence it asks something, to notice a hang."""
         self.on_event: Callable[[bytes, bytes], None] = _nobody_listens
         """Called with path and token of each event; must not raise."""
         self.lost = trio.Event()
@@ -62,6 +60,7 @@ class Link:
         """Why it was lost."""
         self._fd = fd
         self._answer_within_s = answer_within_s
+        self._probe_after_s = probe_after_s
         self._pending: dict[int, _Pending] = {}
         self._last_id = 0
         self._posted = 0
@@ -222,7 +221,7 @@ class Link:
     async def _probe(self) -> None:
         while True:
             self._heard = False
-            await trio.sleep(_IDLE_PROBE_S)
+            await trio.sleep(self._probe_after_s)
             if not self._heard:
                 try:
                     await self.request(Op.GET_DOMAIN_PATH, _PROBE)

@@ -48,7 +48,11 @@ def default_store_path() -> Path:
 
 
 def open_store(path: Path) -> int:
-    """A non-blocking descriptor connected to XenStore.  Raises `OSError`."""
+    """A non-blocking descriptor connected to XenStore.  Raises `OSError`.
+
+    Linux's device waits for xenstored's answer within `write` when a watch is set or given up,
+    whatever its flags say; a hang of xenstored is then noticed late.
+    """
     mode = path.stat().st_mode
     if stat.S_ISCHR(mode):
         return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)

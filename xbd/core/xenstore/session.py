@@ -8,13 +8,14 @@ from typing import Final, Protocol
 
 from xbd.core.errors import StoreError
 from xbd.core.xenstore import operations
-from xbd.core.xenstore.operations import Change, canonical
+from xbd.core.xenstore.arguments import number, one, several
+from xbd.core.xenstore.node_requests import NodeRequests
+from xbd.core.xenstore.operations import canonical
 from xbd.core.xenstore.outbox import Outbox
-from xbd.core.xenstore.permissions import Access, Identity, parse_permissions
+from xbd.core.xenstore.permissions import Identity
 from xbd.core.xenstore.protocol import (
     DIRECTORY_PART,
     NUL,
-    PAYLOAD_MAX,
     RESET_WATCHES,
     RESULT_OK,
     Op,
@@ -27,7 +28,7 @@ from xbd.core.xenstore.protocol import (
 from xbd.core.xenstore.quotas import Quotas
 from xbd.core.xenstore.server_watches import ServerWatch, WatchTable
 from xbd.core.xenstore.transaction import Transaction
-from xbd.core.xenstore.tree import SPECIAL_NODES, Node, Tree, View
+from xbd.core.xenstore.tree import SPECIAL_NODES, Tree
 
 
 class Domains(Protocol):
@@ -41,7 +42,7 @@ class Domains(Protocol):
     def transactions_of(self, domid: int) -> int: ...
 
 
-class Session:
+class Session(NodeRequests):
     """Answers one packet after the other; what is to be sent goes to the `Outbox`."""
 
     def __init__(
@@ -53,18 +54,17 @@ class Session:
         outbox: Outbox,
         quotas: Quotas,
     ) -> None:
-        self.who = who
+        super().__init__(who, tree, table, quotas)
         self.watches: dict[tuple[str, bytes], ServerWatch] = {}
-        self.transactions: dict[int, Transaction] = {}
-        self._tree = tree
-        self._table = table
         self._domains = domains
         self._outbox = outbox
-        self._quotas = quotas
+        self._closed = False
         self._next_transaction = 1
 
     def handle(self, request: Packet) -> None:
         """Carry the request out and queue its one reply, and events around it."""
+        if self._closed:
+            return
         fresh = len(self.watches)
         try:
             handler = _HANDLERS.get(request.op)
@@ -80,85 +80,20 @@ class Session:
             watch.fire(watch.path)
 
     def close(self) -> None:
-        """Forget watches and transactions."""
+        """Nothing of this client is left, and nothing more is done for it."""
+        self._closed = True
+        self._reset()
+
+    def _reset(self) -> None:
         for watch in self.watches.values():
             self._table.discard(watch)
         self.watches.clear()
         self.transactions.clear()
 
-    def _view(self, request: Packet) -> View:
-        if not request.tx_id:
-            return self._tree
-        transaction = self.transactions.get(request.tx_id)
-        if transaction is None:
-            raise StoreError("no such transaction", errno=errno.ENOENT)
-        return transaction
-
-    def _announce(self, view: View, changes: list[Change]) -> bytes:
-        if isinstance(view, Transaction):
-            view.remember(changes)
-        else:
-            self._table.fire(changes)
-        return RESULT_OK
-
-    def _node(self, request: Packet, raw: bytes, *, special: bool = False) -> Node:
-        path = canonical(self.who, raw, special=special)
-        return operations.node_for(self._view(request), self.who, path, Access.READ)
-
-    # Nodes
-
-    def _directory(self, request: Packet) -> bytes:
-        node = self._node(request, _one(request))
-        listing = _listing(node)
-        if len(listing) > PAYLOAD_MAX:
-            raise StoreError("too many children for one reply", errno=errno.E2BIG)
-        return listing
-
-    def _directory_part(self, request: Packet) -> bytes:
-        raw, offset_text = _several(request, 2)
-        node = self._node(request, raw)
-        offset, listing = _number(offset_text), _listing(node)
-        generation = str(node.generation).encode() + NUL
-        room = PAYLOAD_MAX - len(generation) - 1
-        rest = listing[offset:]
-        if len(rest) > room:
-            return generation + rest[: rest.rindex(NUL, 0, room) + 1]
-        return generation + rest + NUL
-
-    def _read(self, request: Packet) -> bytes:
-        return self._node(request, _one(request)).value
-
-    def _get_perms(self, request: Packet) -> bytes:
-        node = self._node(request, _one(request), special=True)
-        return b"".join(bytes(entry) + NUL for entry in node.permissions)
-
-    def _write(self, request: Packet) -> bytes:
-        raw, separator, value = request.payload.partition(NUL)
-        if not separator:
-            raise StoreError("a path and a value, please", errno=errno.EINVAL)
-        view, path = self._view(request), canonical(self.who, raw)
-        return self._announce(view, [operations.write(view, self.who, self._quotas, path, value)])
-
-    def _mkdir(self, request: Packet) -> bytes:
-        view, path = self._view(request), canonical(self.who, _one(request))
-        change = operations.mkdir(view, self.who, self._quotas, path)
-        return self._announce(view, [] if change is None else [change])
-
-    def _rm(self, request: Packet) -> bytes:
-        view, path = self._view(request), canonical(self.who, _one(request))
-        return self._announce(view, operations.remove(view, self.who, path))
-
-    def _set_perms(self, request: Packet) -> bytes:
-        raw, *texts = strings(request.payload) or [b""]
-        permissions = parse_permissions(texts)
-        view, path = self._view(request), canonical(self.who, raw, special=True)
-        change = operations.set_permissions(view, self.who, self._quotas, path, permissions)
-        return self._announce(view, [change])
-
     # Watches
 
     def _watch(self, request: Packet) -> bytes:
-        raw, token = _several(request, 2)
+        raw, token = several(request, 2)
         path = canonical(self.who, raw, special=True)
         if (path, token) in self.watches:
             raise StoreError("this watch exists", errno=errno.EEXIST)
@@ -173,7 +108,7 @@ class Session:
         return RESULT_OK
 
     def _unwatch(self, request: Packet) -> bytes:
-        raw, token = _several(request, 2)
+        raw, token = several(request, 2)
         watch = self.watches.pop((canonical(self.who, raw, special=True), token), None)
         if watch is None:
             raise StoreError("no such watch", errno=errno.ENOENT)
@@ -181,7 +116,7 @@ class Session:
         return RESULT_OK
 
     def _reset_watches(self, request: Packet) -> bytes:
-        self.close()
+        self._reset()
         return RESULT_OK
 
     # Transactions
@@ -199,7 +134,7 @@ class Session:
         return str(number).encode() + NUL
 
     def _transaction_end(self, request: Packet) -> bytes:
-        verdict = _one(request)
+        verdict = one(request)
         if verdict not in (b"T", b"F"):
             raise StoreError("T or F, please", errno=errno.EINVAL)
         transaction = self.transactions.pop(request.tx_id, None)
@@ -212,36 +147,36 @@ class Session:
     # Domains
 
     def _introduce(self, request: Packet) -> bytes:
-        domid, _frame, _port = map(_number, _several(request, 3))
+        domid, _frame, _port = map(number, several(request, 3))
         self._only_domain_0()
         self._domains.introduce(domid)
         return RESULT_OK
 
     def _release(self, request: Packet) -> bytes:
-        domid = _number(_one(request))
+        domid = number(one(request))
         self._only_domain_0()
         self._domains.release(domid)
         return RESULT_OK
 
     def _resume(self, request: Packet) -> bytes:
-        domid = _number(_one(request))
+        domid = number(one(request))
         self._only_domain_0()
         if not self._domains.is_introduced(domid):
             raise StoreError("no such domain", errno=errno.ENOENT)
         return RESULT_OK
 
     def _set_target(self, request: Packet) -> bytes:
-        domid, target = map(_number, _several(request, 2))
+        domid, target = map(number, several(request, 2))
         self._only_domain_0()
         self._domains.set_target(domid, target)
         return RESULT_OK
 
     def _is_domain_introduced(self, request: Packet) -> bytes:
-        introduced = self._domains.is_introduced(_number(_one(request)))
+        introduced = self._domains.is_introduced(number(one(request)))
         return b"T\x00" if introduced else b"F\x00"
 
     def _get_domain_path(self, request: Packet) -> bytes:
-        return operations.home(_number(_one(request))).encode() + NUL
+        return operations.home(number(one(request))).encode() + NUL
 
     def _control(self, request: Packet) -> bytes:
         self._only_domain_0()
@@ -276,24 +211,3 @@ _HANDLERS: Final[dict[int, Callable[[Session, Packet], bytes]]] = {
     Op.RM: Session._rm,
     Op.SET_PERMS: Session._set_perms,
 }
-
-
-def _listing(node: Node) -> bytes:
-    return b"".join(name.encode() + NUL for name in node.children)
-
-
-def _several(request: Packet, count: int) -> list[bytes]:
-    parts = strings(request.payload)
-    if len(parts) != count or not request.payload.endswith(NUL):
-        raise StoreError(f"{count} arguments, please", errno=errno.EINVAL)
-    return parts
-
-
-def _one(request: Packet) -> bytes:
-    return _several(request, 1)[0]
-
-
-def _number(text: bytes) -> int:
-    if not text.isdigit() or len(text) > 20:
-        raise StoreError("a number, please", errno=errno.EINVAL)
-    return int(text)
