@@ -12,7 +12,7 @@
 
 enum { INIT_WAIT = 2, INITIALISED = 3, CONNECTED = 4, CLOSING = 5, CLOSED = 6 };
 enum { INFO_READ_ONLY = 4, SEGMENTS_PER_PAGE = 512, PATH_SIZE = 256, PORT = 1 };
-enum { WAIT_SECONDS = 30, ENTRIES_PER_PAGE = 32, MAX_ORDER = 5 };
+enum { WAIT_SECONDS = 30, ENTRIES_PER_PAGE = 32 };
 
 /* What the answer to a request must agree with. */
 struct expected {
@@ -30,7 +30,7 @@ struct blkif {
     char frontend[PATH_SIZE], backend[PATH_SIZE];
     int kick_fd;
     bool persistent;
-    uint32_t tags, order, entries;
+    uint32_t order, entries;
     uint32_t request_produced, published, response_consumed;
     struct blkif_ring *ring;
     struct expected *expected;
@@ -81,7 +81,7 @@ static uint32_t max_pages(struct blkif *self, uint32_t limit) {
     uint32_t pages = offered <= BLKIF_SEGMENTS     ? BLKIF_SEGMENTS
                      : offered < SEGMENTS_PER_PAGE ? (uint32_t)offered
                                                    : SEGMENTS_PER_PAGE;
-    return limit && limit < pages ? limit : pages;
+    return limit < pages ? limit : pages;
 }
 
 static void publish_ring(struct blkif *self, uint32_t first_page) {
@@ -195,7 +195,7 @@ static unsigned blkif_reap(struct transport *transport, struct completion *done,
         const struct blkif_response *response =
             &self->ring->entry[self->response_consumed & (self->entries - 1)].response;
         uint64_t id = response->id;
-        if (id >= self->tags || !self->expected[id].in_flight)
+        if (id >= self->transport.slots || !self->expected[id].in_flight)
             die("the backend answers request %llu, which is not open", (unsigned long long)id);
         struct expected *expected = &self->expected[id];
         if (response->operation != expected->operation)
@@ -231,25 +231,28 @@ static void blkif_close(struct transport *transport) {
 static void size_ring(struct blkif *self, const struct blkif_options *options,
                       const struct demand *demand) {
     uint64_t most = xenstore_number(&self->store, self->backend, "max-ring-page-order", 0);
-    uint32_t parts = parts_of(demand, self->transport.max_pages);
-    self->tags = demand->depth * parts;
     if (options->ring_order >= 0)
         self->order = (uint32_t)options->ring_order;
     else
-        while ((uint32_t)ENTRIES_PER_PAGE << self->order < self->tags && self->order < MAX_ORDER)
+        while ((uint32_t)ENTRIES_PER_PAGE << self->order < demand->depth)
             self->order++;
     self->entries = (uint32_t)ENTRIES_PER_PAGE << self->order;
-    if (self->tags > self->entries)
-        die("%u requests don't fit in a ring of %u", self->tags, self->entries);
     if (self->order > most)
         die("a ring of 2^%u pages is needed, the backend takes 2^%llu", self->order,
             (unsigned long long)most);
-    self->expected = allocate(self->tags, sizeof *self->expected);
-    if (demand->pages / parts + 1 > BLKIF_SEGMENTS) {
-        self->table = allocate(self->tags, sizeof *self->table);
-        for (uint32_t i = 0; i < self->tags; i++)
-            self->table[i] = memory_take(self->memory, 1);
-    }
+}
+
+static void make_slots(struct blkif *self, const struct demand *demand) {
+    uint32_t parts = parts_of(demand, self->transport.max_pages);
+    uint32_t requests = demand->depth * parts;
+    uint32_t slots = requests < self->entries ? requests : self->entries;
+    self->transport.slots = slots;
+    self->expected = allocate(slots, sizeof *self->expected);
+    if ((demand->pages + parts - 1) / parts <= BLKIF_SEGMENTS)
+        return;
+    self->table = allocate(slots, sizeof *self->table);
+    for (uint32_t i = 0; i < slots; i++)
+        self->table[i] = memory_take(self->memory, 1);
 }
 
 static uint32_t make_ring(struct blkif *self) {
@@ -286,6 +289,7 @@ struct transport *blkif_open(const struct blkif_options *options, const struct d
     self->persistent = options->persistent &&
                        xenstore_number(&self->store, self->backend, "feature-persistent", 0);
     size_ring(self, options, demand);
+    make_slots(self, demand);
     publish_ring(self, make_ring(self));
     await_backend(self, 1u << CONNECTED, "waiting for the backend to connect");
     read_geometry(self);

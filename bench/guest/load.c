@@ -17,9 +17,15 @@ enum { UNWRITTEN, SUBMITTED, WRITTEN };
 struct operation {
     uint64_t started_ns;
     uint64_t block;
-    uint32_t parts_left;
+    uint32_t parts_unsent, parts_left;
     uint32_t oldest; /* the generation that a read must at least return */
-    bool write, failed;
+    bool write, failed, wrong;
+};
+
+/* A request in flight; its tag is its index. */
+struct part {
+    uint32_t operation;
+    uint32_t from, pages; /* which of the operation's */
 };
 
 struct load {
@@ -29,14 +35,21 @@ struct load {
     struct load_result *result;
     uint32_t pages; /* per operation */
     uint32_t parts; /* requests per operation */
+    uint32_t part_pages; /* of the largest part */
     uint64_t blocks;
     uint64_t next_block; /* sequential only */
     uint64_t random;
-    uint32_t *page; /* `pages` numbers for each operation */
     struct operation *operation;
+    uint32_t *waiting; /* operations with parts that no slot was free for: a queue */
+    uint32_t waiting_first, waiting_count;
+    struct part *part;
+    uint32_t *page; /* `part_pages` numbers for each part */
+    uint32_t *free_tag; /* a stack */
+    uint32_t free_tags;
     uint8_t *state; /* of each block; NULL if nothing is written */
-    uint32_t in_flight;
+    uint32_t in_flight; /* operations */
     bool counting, stopping;
+    enum verify verify;
     uint64_t counting_from_ns, ends_at_ns;
 };
 
@@ -67,29 +80,52 @@ static uint64_t choose_block(struct load *load) {
     return block;
 }
 
-/* Stages the requests of one operation; its block and direction are set. */
+static uint64_t offset_of(const struct load *load, const struct part *part) {
+    return load->operation[part->operation].block * load->options->block +
+           (uint64_t)part->from * PAGE_SIZE;
+}
+
+static void send_part(struct load *load, uint32_t index) {
+    struct operation *operation = &load->operation[index];
+    uint32_t tag = load->free_tag[--load->free_tags];
+    uint32_t number = load->parts - operation->parts_unsent--;
+    uint32_t from = (uint32_t)((uint64_t)load->pages * number / load->parts);
+    uint32_t to = (uint32_t)((uint64_t)load->pages * (number + 1) / load->parts);
+    struct part *part = &load->part[tag];
+    *part = (struct part){index, from, to - from};
+    struct request request = {
+        .tag = tag,
+        .write = operation->write,
+        .offset = offset_of(load, part),
+        .page = load->page + (uint64_t)tag * load->part_pages,
+        .pages = part->pages,
+    };
+    if (operation->write)
+        for (uint32_t i = 0; i < request.pages; i++)
+            pattern_stamp(memory_at(load->memory, request.page[i]),
+                          request.offset + (uint64_t)i * PAGE_SIZE, load->options->generation);
+    load->transport->submit(load->transport, &request);
+}
+
+/* Sends what waits, as long as the transport has slots for it. */
+static void send_waiting(struct load *load) {
+    while (load->waiting_count && load->free_tags) {
+        uint32_t index = load->waiting[load->waiting_first];
+        send_part(load, index);
+        if (load->operation[index].parts_unsent)
+            continue;
+        load->waiting_first = (load->waiting_first + 1) % load->options->depth;
+        load->waiting_count--;
+    }
+    load->transport->kick(load->transport);
+}
+
+/* Puts an operation in the queue; its block and direction are set. */
 static void stage(struct load *load, uint32_t index) {
     struct operation *operation = &load->operation[index];
-    const uint32_t *page = load->page + (uint64_t)index * load->pages;
-    uint64_t offset = operation->block * load->options->block;
-    if (operation->write)
-        for (uint32_t i = 0; i < load->pages; i++)
-            pattern_stamp(memory_at(load->memory, page[i]), offset + (uint64_t)i * PAGE_SIZE,
-                          load->options->generation);
-    operation->parts_left = load->parts;
-    operation->failed = false;
-    for (uint32_t part = 0, from = 0; part < load->parts; part++) {
-        uint32_t to = (uint32_t)((uint64_t)load->pages * (part + 1) / load->parts);
-        struct request request = {
-            .tag = index * load->parts + part,
-            .write = operation->write,
-            .offset = offset + (uint64_t)from * PAGE_SIZE,
-            .page = page + from,
-            .pages = to - from,
-        };
-        load->transport->submit(load->transport, &request);
-        from = to;
-    }
+    operation->parts_unsent = operation->parts_left = load->parts;
+    operation->failed = operation->wrong = false;
+    load->waiting[(load->waiting_first + load->waiting_count++) % load->options->depth] = index;
     load->in_flight++;
 }
 
@@ -107,13 +143,14 @@ static void start(struct load *load, uint32_t index, uint64_t now) {
     stage(load, index);
 }
 
-static bool holds_the_right_data(struct load *load, uint32_t index, bool full) {
-    const struct operation *operation = &load->operation[index];
-    const uint32_t *page = load->page + (uint64_t)index * load->pages;
-    uint64_t offset = operation->block * load->options->block;
-    for (uint32_t i = 0; i < load->pages; i++)
+static bool holds_the_right_data(const struct load *load, uint32_t tag) {
+    const struct part *part = &load->part[tag];
+    uint32_t oldest = load->operation[part->operation].oldest;
+    const uint32_t *page = load->page + (uint64_t)tag * load->part_pages;
+    uint64_t offset = offset_of(load, part);
+    for (uint32_t i = 0; i < part->pages; i++)
         if (!pattern_matches(memory_at(load->memory, page[i]), offset + (uint64_t)i * PAGE_SIZE,
-                             operation->oldest, load->options->generation, full))
+                             oldest, load->options->generation, load->verify == VERIFY_FULL))
             return false;
     return true;
 }
@@ -143,17 +180,19 @@ static void end_counting(struct load *load, uint64_t now) {
     load->stopping = true;
 }
 
+static void account(struct load *load, const struct operation *operation) {
+    load->in_flight--;
+    /* At any time, counted or not: one error spoils the run. */
+    load->result->errors += operation->failed;
+    load->result->mismatches += operation->wrong;
+}
+
 static void end_operation(struct load *load, uint32_t index, uint64_t now) {
     struct operation *operation = &load->operation[index];
     struct load_result *result = load->result;
-    load->in_flight--;
-    if (operation->failed)
-        result->errors++; /* counted at any time: one error spoils the run */
-    else if (operation->write)
+    account(load, operation);
+    if (operation->write && !operation->failed)
         load->state[operation->block] = WRITTEN;
-    else if (load->options->verify != VERIFY_NOT &&
-             !holds_the_right_data(load, index, load->options->verify == VERIFY_FULL))
-        result->mismatches++;
     if (load->counting) {
         result->operations++;
         histogram_add(&result->latency, now - operation->started_ns);
@@ -189,13 +228,17 @@ static void turn(struct load *load, void (*ended)(struct load *, uint32_t, uint6
     }
     uint64_t now = now_ns();
     for (unsigned i = 0; i < count; i++) {
-        uint32_t index = done[i].tag / load->parts;
+        uint32_t tag = done[i].tag, index = load->part[tag].operation;
         struct operation *operation = &load->operation[index];
-        operation->failed |= !done[i].ok;
+        if (!done[i].ok)
+            operation->failed = true;
+        else if (!operation->write && load->verify != VERIFY_NOT)
+            operation->wrong |= !holds_the_right_data(load, tag);
+        load->free_tag[load->free_tags++] = tag;
         if (--operation->parts_left == 0)
             ended(load, index, now);
     }
-    load->transport->kick(load->transport);
+    send_waiting(load);
 }
 
 static void run_timed(struct load *load) {
@@ -204,7 +247,7 @@ static void run_timed(struct load *load) {
     bool warm = false;
     for (uint32_t i = 0; i < load->options->depth; i++)
         start(load, i, now);
-    load->transport->kick(load->transport);
+    send_waiting(load);
     while (load->in_flight) {
         turn(load, end_operation);
         if (load->stopping)
@@ -236,23 +279,36 @@ static bool start_check(struct load *load, uint32_t index) {
 
 static void end_check(struct load *load, uint32_t index, uint64_t now) {
     (void)now;
-    load->in_flight--;
-    if (load->operation[index].failed)
-        load->result->errors++;
-    else if (!holds_the_right_data(load, index, true))
-        load->result->mismatches++;
+    account(load, &load->operation[index]);
     start_check(load, index);
 }
 
 /* Reads blocks whose writes were answered, which must now hold what was written. */
 static void check_back(struct load *load) {
     load->next_block = 0;
+    load->verify = VERIFY_FULL;
     for (uint32_t i = 0; i < load->options->depth; i++)
         if (!start_check(load, i))
             break;
-    load->transport->kick(load->transport);
+    send_waiting(load);
     while (load->in_flight)
         turn(load, end_check);
+}
+
+static void make_parts(struct load *load) {
+    struct demand demand = {.depth = load->options->depth, .pages = load->pages};
+    uint32_t slots = load->transport->slots;
+    load->parts = parts_of(&demand, load->transport->max_pages);
+    load->part_pages = (load->pages + load->parts - 1) / load->parts;
+    load->part = allocate(slots, sizeof *load->part);
+    load->page = allocate((size_t)slots * load->part_pages, sizeof *load->page);
+    memory_take_scattered(load->memory, load->page, slots * load->part_pages);
+    for (uint32_t i = 0; i < slots * load->part_pages; i++)
+        pattern_body(memory_at(load->memory, load->page[i]));
+    load->free_tag = allocate(slots, sizeof *load->free_tag);
+    for (uint32_t i = 0; i < slots; i++)
+        load->free_tag[i] = slots - 1 - i;
+    load->free_tags = slots;
 }
 
 void load_run(const struct load_options *options, struct transport *transport,
@@ -266,6 +322,7 @@ void load_run(const struct load_options *options, struct transport *transport,
         .result = result,
         .pages = options->block / PAGE_SIZE,
         .blocks = span / options->block,
+        .verify = options->verify,
         .random = options->seed * 0x9E3779B97F4A7C15u | 1,
     };
     if (!load.blocks)
@@ -273,13 +330,9 @@ void load_run(const struct load_options *options, struct transport *transport,
             (unsigned long long)transport->size);
     if (options->write_percent && transport->read_only)
         die("the disk is read-only");
-    struct demand demand = {.depth = options->depth, .pages = load.pages};
-    load.parts = parts_of(&demand, transport->max_pages);
-    load.page = allocate((size_t)options->depth * load.pages, sizeof *load.page);
-    memory_take_scattered(memory, load.page, options->depth * load.pages);
-    for (uint32_t i = 0; i < options->depth * load.pages; i++)
-        pattern_body(memory_at(memory, load.page[i]));
+    make_parts(&load);
     load.operation = allocate(options->depth, sizeof *load.operation);
+    load.waiting = allocate(options->depth, sizeof *load.waiting);
     if (options->write_percent)
         load.state = allocate(load.blocks, sizeof *load.state);
     run_timed(&load);

@@ -47,8 +47,8 @@ static const char USAGE[] =
     "blkif:\n"
     "  --domid N            domain to be (the host picks one)\n"
     "  --device N           virtual device number (51712)\n"
-    "  --ring-order N       ring of 2^N pages (as small as will do)\n"
-    "  --max-segments N     per request (as many as the backend takes)\n"
+    "  --ring-order N       ring of 2^N pages (as small as will hold --depth requests)\n"
+    "  --max-segments N     per request (32, as Linux's blkfront)\n"
     "  --no-persistent      grant each page for one request only\n"
     "vhost-user:\n"
     "  --queue-size N       descriptors (256, or more if needed)\n"
@@ -141,7 +141,11 @@ static void apply(struct settings *settings, enum option_id id, const char *name
     case RING_ORDER: settings->blkif.ring_order = (int)number(value, name, 0, 5); break;
     case MAX_SEGMENTS: settings->blkif.max_segments = (uint32_t)number(value, name, 1, 512); break;
     case NO_PERSISTENT: settings->blkif.persistent = false; break;
-    case QUEUE_SIZE: settings->vhost_user.queue_size = (uint32_t)number(value, name, 1, 1024); break;
+    case QUEUE_SIZE:
+        settings->vhost_user.queue_size = (uint32_t)number(value, name, 1, 1024);
+        if (settings->vhost_user.queue_size & (settings->vhost_user.queue_size - 1))
+            die("queue-size: %s is not a power of two", value);
+        break;
     case INDIRECT: settings->vhost_user.indirect = true; break;
     case HELP:
         fputs(USAGE, stdout);
@@ -235,7 +239,7 @@ int main(int count, char **arguments) {
     struct settings settings = {
         .load = {.depth = 32, .block = PAGE_SIZE, .warmup_seconds = 0.3, .seconds = 2, .seed = 1,
                  .verify = VERIFY_SAMPLE, .generation = 1, .check_back = 2048},
-        .blkif = {.device = XVDA, .ring_order = -1, .persistent = true},
+        .blkif = {.device = XVDA, .ring_order = -1, .max_segments = 32, .persistent = true},
         .cpu = -1,
     };
     parse(&settings, count, arguments);

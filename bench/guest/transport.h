@@ -12,7 +12,7 @@
 #include "memory.h"
 
 struct request {
-    uint32_t tag; /* below the `tags` that the transport was opened with */
+    uint32_t tag; /* below the transport's `slots` */
     bool write;
     uint64_t offset; /* bytes */
     const uint32_t *page; /* numbers of the guest's pages, each used whole */
@@ -28,6 +28,7 @@ struct transport {
     const char *name;
     uint64_t size; /* of the disk, bytes */
     uint32_t max_pages; /* per request */
+    uint32_t slots; /* requests at a time */
     bool read_only;
     int wake_fd; /* an eventfd */
     uint64_t requests, kicks; /* submitted; of these, times the backend was notified */
@@ -49,8 +50,8 @@ struct blkif_options {
     const char *directory; /* the embedded host's */
     uint32_t domid; /* 0: the host picks one */
     uint32_t device; /* virtual device number */
-    uint32_t max_segments; /* per request, however many more the backend takes; 0: no limit */
-    int ring_order; /* -1: as small as the demand allows */
+    uint32_t max_segments; /* per request, however many more the backend takes */
+    int ring_order; /* -1: as small as will hold `depth` requests */
     bool persistent; /* use feature-persistent if the backend has it */
 };
 

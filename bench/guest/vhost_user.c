@@ -78,7 +78,7 @@ struct vhost_user {
     struct memory *memory;
     int socket, kick_fd;
     bool indirect, acknowledges;
-    uint32_t tags, queue_size, chain; /* chain: descriptors set aside for each tag */
+    uint32_t queue_size, chain; /* chain: descriptors set aside for each tag */
     struct vring_desc *descriptors; /* the queue's own */
     struct vring_desc *tables; /* one of `chain` for each tag; the queue's own if not indirect */
     struct frame *frames;
@@ -184,25 +184,25 @@ static void *take_bytes(struct memory *memory, size_t size) {
 static void lay_out_queue(struct vhost_user *self, const struct vhost_user_options *options,
                           const struct demand *demand) {
     uint32_t parts = parts_of(demand, self->transport.max_pages);
-    self->tags = demand->depth * parts;
+    uint32_t requests = demand->depth * parts;
+    uint32_t most = options->queue_size ? options->queue_size : MAX_QUEUE_SIZE;
+    uint32_t slots = requests < most ? requests : most;
+    self->transport.slots = slots;
     self->chain = FRAME + (demand->pages + parts - 1) / parts;
     /* Chains cost the backend a little less than tables do. */
-    self->indirect = options->indirect || self->tags * self->chain > MAX_QUEUE_SIZE;
-    uint32_t needed = self->indirect ? self->tags : self->tags * self->chain;
-    self->queue_size = options->queue_size ? options->queue_size
-                       : needed > DEFAULT_QUEUE_SIZE ? power_of_two_from(needed)
-                                                     : DEFAULT_QUEUE_SIZE;
-    if (needed > self->queue_size || self->queue_size > MAX_QUEUE_SIZE)
-        die("a queue of %u descriptors can't hold %u", self->queue_size, needed);
+    self->indirect = options->indirect || slots * self->chain > most;
+    uint32_t needed = self->indirect ? slots : slots * self->chain;
+    uint32_t comfortable = needed > DEFAULT_QUEUE_SIZE ? needed : DEFAULT_QUEUE_SIZE;
+    self->queue_size = power_of_two_from(comfortable < most ? comfortable : most);
     size_t size = self->queue_size;
     self->descriptors = take_bytes(self->memory, size * sizeof *self->descriptors);
     self->available = take_bytes(self->memory, sizeof *self->available + (size + 1) * 2);
     self->used = take_bytes(self->memory,
                             sizeof *self->used + size * sizeof(struct vring_used_elem) + 2);
-    self->frames = take_bytes(self->memory, self->tags * sizeof *self->frames);
-    self->tables = self->indirect ? take_bytes(self->memory, (size_t)self->tags * self->chain *
-                                                                 sizeof *self->tables)
-                                  : self->descriptors;
+    self->frames = take_bytes(self->memory, slots * sizeof *self->frames);
+    self->tables = self->indirect
+                       ? take_bytes(self->memory, slots * self->chain * sizeof *self->tables)
+                       : self->descriptors;
 }
 
 static void hand_over_queue(struct vhost_user *self) {
@@ -277,7 +277,7 @@ static unsigned vhost_user_reap(struct transport *transport, struct completion *
     for (; self->used_index != index && count < room; self->used_index++) {
         uint32_t head = self->used->ring[self->used_index & (self->queue_size - 1)].id;
         uint32_t tag = self->indirect ? head : head / self->chain;
-        if (tag >= self->tags)
+        if (tag >= self->transport.slots)
             die("the backend used descriptor %u, which is none of ours", head);
         done[count++] = (struct completion){tag, self->frames[tag].status == VIRTIO_BLK_S_OK};
     }

@@ -1,0 +1,1 @@
+"""Compares xbd with QEMU on one machine, in one run."""
