@@ -41,7 +41,7 @@ def main() -> int:
             prefix="images-", dir=_image_directory(arguments)
         ) as images:
             report = _session(arguments, cpus, Path(images), console)
-    except (RunFailed, ValueError) as error:
+    except (RunFailed, ValueError, OSError) as error:
         console.print(f"[bold red]bench:[/] {error}", highlight=False)
         return 1
     report.show(console)
