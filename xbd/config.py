@@ -15,6 +15,7 @@ from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError
 from cattrs.gen import make_dict_structure_fn
 
 from xbd.core.backend.policy import FeatureToggles, Limits, OnStop, Policy, between
+from xbd.core.control import DEFAULT_SOCKET
 from xbd.core.datapath.config import GrantMode
 from xbd.core.errors import ConfigError
 
@@ -71,7 +72,7 @@ class BackendConfig:
 class ControlConfig:
     """``[control]``: the socket that ``xbd list`` talks to."""
 
-    socket: Path = attrs.field(default=Path("/run/xbd/control.sock"), validator=_absolute)
+    socket: Path = attrs.field(default=DEFAULT_SOCKET, validator=_absolute)
 
 
 @attrs.frozen(kw_only=True)

@@ -26,6 +26,7 @@ from xbd.core.backend.device import Services
 from xbd.core.backend.failure import worst
 from xbd.core.backend.report import describe_device
 from xbd.core.backend.supervisor import Supervisor
+from xbd.core.control import SOCKET_NAME
 from xbd.core.control.server import Handler, serve
 from xbd.core.errors import ConfigError, StoreError, StoreLost, StoreUnavailable
 from xbd.core.hypervisor import Hypervisor
@@ -76,7 +77,7 @@ def _for_embedded(config: Config, directory: Path) -> Config:
     return attrs.evolve(
         config,
         backend=attrs.evolve(config.backend, journal_dir=directory / "journal"),
-        control=attrs.evolve(config.control, socket=directory / "control.sock"),
+        control=attrs.evolve(config.control, socket=directory / SOCKET_NAME),
     )
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from xbd.config import ControlConfig
+from xbd.core.control import DEFAULT_SOCKET, SOCKET_NAME
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -36,7 +36,7 @@ def list_(socket: Path | None, embedded: Path | None, as_json: bool) -> None:
 
     from xbd.core.control.client import ask
 
-    path = socket or (embedded / "control.sock" if embedded else ControlConfig().socket)
+    path = socket or (embedded / SOCKET_NAME if embedded else DEFAULT_SOCKET)
     devices = trio.run(ask, path, "list")
     if as_json:
         click.echo(json.dumps(devices, indent=2))

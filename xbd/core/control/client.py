@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,7 +32,8 @@ async def ask(path: Path, command: str, /, **arguments: Any) -> Any:
         with trio.fail_after(_ANSWER_SECONDS):
             stream = await trio.open_unix_socket(path)
             async with stream:
-                await stream.send_all(encode_request(command, arguments))
+                with suppress(trio.BrokenResourceError):  # refused unread: the answer says why
+                    await stream.send_all(encode_request(command, arguments))
                 line = await LineReader(stream, MAX_ANSWER).line()
     except (FileNotFoundError, ConnectionRefusedError):
         raise DaemonUnavailable(f"no daemon is running: nothing answers on {path}") from None
