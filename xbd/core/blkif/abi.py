@@ -10,16 +10,17 @@ x86_32     108     id 4, sector_number 12, segments 20; discard: nr_sectors 20;
 =========  ======  =======================================================================
 
 arm is x86_64's; native is whichever this machine's compiler makes.  Everything is little endian.
+Segments are alike everywhere: see `xbd.core.blkif.segments`, also for what their bounds are.
 """
 
 from __future__ import annotations
 
 import struct
-import sys
 from typing import Final
 
 import attrs
 
+from xbd.core.blkif.constants import MAX_SEGMENTS
 from xbd.core.errors import BadNegotiation
 
 RING_HEADER_BYTES: Final = 64
@@ -39,9 +40,9 @@ class Abi:
     sector_offset: int
     segments_offset: int
     head: struct.Struct
-    """operation, nr_segments, handle, id, sector_number, first gref, first_sect, last_sect."""
-    rest: struct.Struct
-    """Segments 2 to 11, three numbers each."""
+    """operation, nr_segments, id, sector_number; gref and bounds of the first segment."""
+    segments: tuple[struct.Struct, ...]
+    """By their number: gref and bounds of each; unpack them from `segments_offset`."""
     discard: struct.Struct
     """operation, flag, handle, id, sector_number, nr_sectors."""
     indirect: struct.Struct
@@ -57,8 +58,6 @@ class Abi:
 
 def _make(name: str, protocol: str, *, gap: str, size: int, response: str) -> Abi:
     segments = struct.calcsize(f"<BBH{gap}QQ")
-    head = f"<BBH{gap}QQIBB"
-    tail = struct.calcsize(head) + 2
     return Abi(
         name=name,
         protocol=protocol,
@@ -67,8 +66,8 @@ def _make(name: str, protocol: str, *, gap: str, size: int, response: str) -> Ab
         id_offset=segments - 16,
         sector_offset=segments - 8,
         segments_offset=segments,
-        head=struct.Struct(f"{head}{size - tail + 2}x"),
-        rest=struct.Struct("<" + "IBBxx" * 10),
+        head=struct.Struct(f"<BB2x{gap}QQIH{size - segments - 6}x"),
+        segments=tuple(struct.Struct("<" + "IHxx" * n) for n in range(MAX_SEGMENTS + 1)),
         discard=struct.Struct(f"<BBH{gap}QQQ{size - segments - 8}x"),
         indirect=struct.Struct(f"<BBH{gap}QQH2x8I{size - segments - 36}x"),
         response=struct.Struct(response),
@@ -78,7 +77,7 @@ def _make(name: str, protocol: str, *, gap: str, size: int, response: str) -> Ab
 X86_64: Final = _make("x86_64", "x86_64-abi", gap="4x", size=112, response="<QBxh4x")
 X86_32: Final = _make("x86_32", "x86_32-abi", gap="", size=108, response="<QBxh")
 ARM: Final = _make("arm", "arm-abi", gap="4x", size=112, response="<QBxh4x")
-NATIVE: Final = X86_64 if sys.maxsize > 2**32 else X86_32
+NATIVE: Final = X86_64 if struct.calcsize("@BQ") == 16 else X86_32
 ABIS: Final = {abi.protocol: abi for abi in (X86_64, X86_32, ARM)}
 _X86: Final = ("x86_64", "amd64", "i386", "i486", "i586", "i686")
 

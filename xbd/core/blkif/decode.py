@@ -1,10 +1,12 @@
-"""The one edge where requests are judged: what leaves here is in range, permitted and in bytes."""
+"""The one edge where requests are judged: what leaves here is in range, permitted and in bytes.
+
+What is malformed, out of range or not permitted is a `BadRequest` (answered ERROR); what was not
+offered is `Unoffered` (answered EOPNOTSUPP), whatever else is wrong with it.
+"""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
-from typing import Final
 
 import attrs
 
@@ -14,29 +16,20 @@ from xbd.core.blkif.constants import (
     DISCARD_SECURE,
     FLUSH_DISKCACHE,
     INDIRECT,
+    MAX_INDIRECT_PAGES,
     MAX_SEGMENTS,
     READ,
     RSP_EOPNOTSUPP,
     RSP_ERROR,
     SECTOR,
-    SECTORS_PER_PAGE,
     SEGMENTS_PER_INDIRECT_PAGE,
     WRITE,
     WRITE_BARRIER,
 )
-from xbd.core.blkif.requests import (
-    Discard,
-    Flush,
-    Indirect,
-    Rejected,
-    Request,
-    Segment,
-    Transfer,
-)
-from xbd.core.errors import BadRequest, Unoffered
-from xbd.core.units import GrantRef
-
-_SEGMENT: Final = struct.Struct("<IBBxx")
+from xbd.core.blkif.requests import Discard, Flush, Indirect, Rejected, Request, Transfer
+from xbd.core.blkif.segments import SEGMENT, SPANS, read_segments, whole_pages
+from xbd.core.errors import BadRequest, Disposition, GuestError, Unoffered
+from xbd.core.units import PAGE_SIZE, GrantRef
 
 
 @attrs.frozen(kw_only=True)
@@ -45,12 +38,14 @@ class Limits:
 
     size: int
     logical_block: int
+    """A power of two; offset and length of whatever is asked for are multiples of it."""
     read_only: bool
     flush: bool
     barrier: bool
     discard: bool
     discard_secure: bool
     max_indirect_segments: int
+    """0: indirect requests were not offered."""
 
 
 class Decoder:
@@ -61,88 +56,106 @@ class Decoder:
         self.limits = limits
 
     def decode_batch(self, entries: bytes) -> list[Request | Rejected]:
-        """Decode slots that lie one after the other; those that are wrong become `Rejected`."""
+        """Decode slots that lie one after the other; those that are wrong become `Rejected`.
+
+        READs and WRITEs of one segment or of whole pages, which is nearly all that guests send,
+        are judged in line.
+        """
         abi = self.abi
         limits = self.limits
         size = limits.size
         misaligned = limits.logical_block - 1
-        last_writable = READ if limits.read_only else WRITE
+        last_permitted = READ if limits.read_only else WRITE
         requests: list[Request | Rejected] = []
         append = requests.append
-        for at, slot in enumerate(abi.head.iter_unpack(entries)):
-            operation, count, _, request_id, sector, gref, first, last = slot
-            if count == 1 and operation <= last_writable and first <= last < SECTORS_PER_PAGE:
-                length = (last - first + 1) * SECTOR
+        find_span = SPANS.get
+        for operation, count, request_id, sector, gref, bounds in abi.head.iter_unpack(entries):
+            if operation <= last_permitted:
+                segments = None
+                if count == 1:
+                    span = find_span(bounds)
+                    if span:
+                        start, length = span
+                        segments = [(gref, start, length)]
+                elif 0 < count <= MAX_SEGMENTS:
+                    at = len(requests) * abi.request_size + abi.segments_offset
+                    flat = abi.segments[count].unpack_from(entries, at)
+                    segments = whole_pages(flat[::2], flat[1::2])
+                    length = count * PAGE_SIZE
                 offset = sector * SECTOR
-                if offset + length <= size and not (offset | length) & misaligned:
-                    segment = (gref, first * SECTOR, length)
+                if segments and offset + length <= size and not (offset | length) & misaligned:
+                    write = operation == WRITE
                     append(
                         Transfer(
-                            request_id, operation, offset, length, [segment],
-                            operation == WRITE, False, False,
+                            request_id, operation, offset, length, segments, write, False, False
                         )
-                    )  # fmt: skip
+                    )
                     continue
-            append(self._decode_or_reject(entries, at * abi.request_size, request_id))
+            append(self._decode_or_reject(entries, len(requests), request_id))
         return requests
 
     def _decode_or_reject(self, entries: bytes, at: int, request_id: int) -> Request | Rejected:
+        size = self.abi.request_size
+        entry = entries[at * size : (at + 1) * size]
         try:
-            return self.decode(entries[at : at + self.abi.request_size])
-        except (BadRequest, Unoffered) as error:
-            operation = entries[at + 1] if entries[at] == INDIRECT else entries[at]
-            status = RSP_ERROR if isinstance(error, BadRequest) else RSP_EOPNOTSUPP
+            return self.decode(entry)
+        except GuestError as error:
+            operation = entry[1] if entry[0] == INDIRECT else entry[0]
+            unsupported = error.disposition is Disposition.ANSWER_UNSUPPORTED
+            status = RSP_EOPNOTSUPP if unsupported else RSP_ERROR
             return Rejected(request_id, operation, status, str(error))
 
     def decode(self, entry: bytes) -> Request:
         """Decode one slot.  Raises `BadRequest` or `Unoffered`."""
         operation = entry[0]
+        if operation <= WRITE:
+            return self._direct(entry)
+        if operation <= FLUSH_DISKCACHE:
+            return self._flush(entry)
         if operation == INDIRECT:
             return self._indirect(entry)
         if operation == DISCARD:
             return self._discard(entry)
-        if operation in (READ, WRITE, WRITE_BARRIER, FLUSH_DISKCACHE):
-            return self._direct(entry)
         raise Unoffered(f"unknown operation {operation}")
 
-    def _direct(self, entry: bytes) -> Request:
-        operation, count, _, request_id, sector, *segment = self.abi.head.unpack(entry)
-        limits = self.limits
-        if operation == FLUSH_DISKCACHE and not limits.flush:
-            raise Unoffered("flush was not offered")
-        if operation == WRITE_BARRIER and not limits.barrier:
-            raise Unoffered("barriers were not offered")
-        if not count and operation in (FLUSH_DISKCACHE, WRITE_BARRIER):
-            return Flush(request_id, operation)
+    def _direct(self, entry: bytes) -> Transfer:
+        operation, count, request_id, sector, _, _ = self.abi.head.unpack(entry)
         if not 1 <= count <= MAX_SEGMENTS:
             raise BadRequest(f"{count} segments in a direct request (1 to {MAX_SEGMENTS})")
-        numbers = [*segment, *self.abi.rest.unpack_from(entry, self.abi.segments_offset + 8)]
-        triples = list(zip(*[iter(numbers[: 3 * count])] * 3, strict=True))
-        return self._transfer(request_id, operation, sector * SECTOR, triples)
+        flat = self.abi.segments[count].unpack_from(entry, self.abi.segments_offset)
+        return self._transfer(request_id, operation, sector * SECTOR, flat[::2], flat[1::2])
+
+    def _flush(self, entry: bytes) -> Transfer | Flush:
+        """FLUSH_DISKCACHE or WRITE_BARRIER.  Without data even a read-only disk takes it."""
+        operation, count, request_id, *_ = self.abi.head.unpack(entry)
+        if operation == FLUSH_DISKCACHE and not self.limits.flush:
+            raise Unoffered("flush was not offered")
+        if operation == WRITE_BARRIER and not self.limits.barrier:
+            raise Unoffered("barriers were not offered")
+        return self._direct(entry) if count else Flush(request_id, operation)
 
     def _transfer(
         self,
         request_id: int,
         operation: int,
         offset: int,
-        triples: Sequence[tuple[GrantRef, int, int]],
+        grefs: Sequence[GrantRef],
+        bounds: tuple[int, ...],
     ) -> Transfer:
-        """`triples`: grant reference, first and last sector of each segment."""
-        write = operation != READ
-        if write and self.limits.read_only:
+        if operation != READ and self.limits.read_only:
             raise BadRequest("write to a read-only disk")
-        segments: list[Segment] = []
-        length = 0
-        for gref, first, last in triples:
-            if not first <= last < SECTORS_PER_PAGE:
-                raise BadRequest(f"segment from sector {first} to {last} of a page")
-            size = (last - first + 1) * SECTOR
-            segments.append((gref, first * SECTOR, size))
-            length += size
+        segments, length = read_segments(grefs, bounds)
         self._check_range(offset, length)
-        barrier = operation == WRITE_BARRIER
-        flush = operation == FLUSH_DISKCACHE
-        return Transfer(request_id, operation, offset, length, segments, write, barrier, flush)
+        return Transfer(
+            request_id,
+            operation,
+            offset,
+            length,
+            segments,
+            operation != READ,
+            operation == WRITE_BARRIER,
+            operation == FLUSH_DISKCACHE,
+        )
 
     def _check_range(self, offset: int, length: int) -> None:
         limits = self.limits
@@ -156,22 +169,24 @@ class Decoder:
             )
 
     def _discard(self, entry: bytes) -> Discard:
+        """DISCARD.  Of no sectors it is in order and does nothing, as in Linux."""
         _, flag, _, request_id, sector, count = self.abi.discard.unpack(entry)
         secure = bool(flag & DISCARD_SECURE)
-        if not self.limits.discard or (secure and not self.limits.discard_secure):
-            raise Unoffered(
-                "secure discard was not offered" if secure else "discard was not offered"
-            )
+        if not self.limits.discard:
+            raise Unoffered("discard was not offered")
+        if secure and not self.limits.discard_secure:
+            # blkif.h would have the flag ignored; but then the data would stay, and nobody knew.
+            raise Unoffered("secure discard was not offered")
         if self.limits.read_only:
             raise BadRequest("discard on a read-only disk")
-        if not count:
-            raise BadRequest("discard of no sectors")
         self._check_range(sector * SECTOR, count * SECTOR)
         return Discard(request_id, DISCARD, sector * SECTOR, count * SECTOR, secure)
 
     def _indirect(self, entry: bytes) -> Indirect:
         _, operation, count, request_id, sector, _, *refs = self.abi.indirect.unpack(entry)
-        most = self.limits.max_indirect_segments
+        most = min(
+            self.limits.max_indirect_segments, MAX_INDIRECT_PAGES * SEGMENTS_PER_INDIRECT_PAGE
+        )
         if not most:
             raise Unoffered("indirect requests were not offered")
         if operation not in (READ, WRITE):
@@ -180,15 +195,18 @@ class Decoder:
             raise BadRequest("write to a read-only disk")
         if not 1 <= count <= most:
             raise BadRequest(f"{count} segments in an indirect request (1 to {most})")
+        # What begins past the end, or askew, needs no page fetched to be refused.
+        self._check_range(sector * SECTOR, 0)
         pages = -(-count // SEGMENTS_PER_INDIRECT_PAGE)
         return Indirect(request_id, operation, sector * SECTOR, count, tuple(refs[:pages]))
 
     def expand(self, indirect: Indirect, pages: Sequence[bytes]) -> Transfer:
         """The transfer that an indirect request's pages describe.
 
-        `pages`: private copies, each at least as long as it is used.  Raises `BadRequest`.
+        `pages`: private copies, each but the last whole, the last as long as it is used at least.
+        Raises `BadRequest`.
         """
-        table = b"".join(pages)[: indirect.nr_segments * _SEGMENT.size]
-        triples = list(_SEGMENT.iter_unpack(table))
-        assert len(triples) == indirect.nr_segments, "an indirect page is missing"
-        return self._transfer(indirect.id, indirect.operation, indirect.offset, triples)
+        table = b"".join(pages)[: indirect.nr_segments * SEGMENT.size]
+        assert len(table) == indirect.nr_segments * SEGMENT.size, "an indirect page is missing"
+        grefs, bounds = zip(*SEGMENT.iter_unpack(table), strict=True)
+        return self._transfer(indirect.id, indirect.operation, indirect.offset, grefs, bounds)

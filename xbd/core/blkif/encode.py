@@ -8,7 +8,13 @@ from itertools import chain
 from typing import Final
 
 from xbd.core.blkif.abi import Abi
-from xbd.core.blkif.constants import DISCARD, DISCARD_SECURE, INDIRECT, MAX_INDIRECT_PAGES
+from xbd.core.blkif.constants import (
+    DISCARD,
+    DISCARD_SECURE,
+    INDIRECT,
+    MAX_INDIRECT_PAGES,
+    MAX_SEGMENTS,
+)
 
 _SEGMENT: Final = struct.Struct("<IBBxx")
 WireSegment = tuple[int, int, int]
@@ -24,6 +30,8 @@ def encode_rw(
     handle: int = 0,
 ) -> bytes:
     """READ, WRITE, WRITE_BARRIER or FLUSH_DISKCACHE with up to 11 segments."""
+    if len(segments) > MAX_SEGMENTS:
+        raise ValueError(f"{len(segments)} segments in a direct request")
     entry = bytearray(abi.request_size)
     entry[abi.segments_offset : abi.segments_offset + 8 * len(segments)] = pack_indirect_page(
         segments
@@ -50,7 +58,9 @@ def encode_indirect(
     refs: Sequence[int],
     handle: int = 0,
 ) -> bytes:
-    """INDIRECT; `refs` are the pages that hold the segments."""
+    """INDIRECT of READ or WRITE (`operation`); `refs` are the pages that hold the segments."""
+    if len(refs) > MAX_INDIRECT_PAGES:
+        raise ValueError(f"{len(refs)} pages in an indirect request")
     padded = chain(refs, [0] * (MAX_INDIRECT_PAGES - len(refs)))
     return abi.indirect.pack(INDIRECT, operation, nr_segments, request_id, sector, handle, *padded)
 

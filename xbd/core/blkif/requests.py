@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import attrs
 
+from xbd.core.blkif.segments import Segment
 from xbd.core.units import GrantRef
-
-Segment = tuple[GrantRef, int, int]
-"""Grant reference, start in the page and length, in bytes."""
 
 
 @attrs.define(slots=True, eq=False)

@@ -28,8 +28,10 @@ class _Half:
         self.abi = abi
         self.entries = entries(order)
         self._fence = fence
-        self._words = view[: 4 * 4].cast("I")
         end = RING_HEADER_BYTES + self.entries * abi.request_size
+        if len(view) < end:
+            raise ValueError(f"{len(view)} bytes are too few for a ring of order {order}")
+        self._words = view[: 4 * 4].cast("I")
         self._slots = view[RING_HEADER_BYTES:end]
         self._mask = self.entries - 1
 
@@ -80,21 +82,25 @@ class BackRing(_Half):
         return copy
 
     def _waiting(self) -> int:
-        """Requests not consumed yet, bounded by what the ring has room for."""
+        """Requests not consumed yet.  Reads req_prod once; raises `RingCorrupt`."""
         req_prod = self._words[_REQ_PROD]
-        if (req_prod - self.rsp_prod_pvt) & _MASK > self.entries:
-            raise RingCorrupt(
-                f"the frontend claims {(req_prod - self.rsp_prod_pvt) & _MASK} requests in a ring "
-                f"of {self.entries}"
-            )
         waiting = (req_prod - self.req_cons) & _MASK
-        if waiting > self.entries:
-            raise RingCorrupt("the frontend took back requests that were consumed already")
         room = self.entries - ((self.req_cons - self.rsp_prod_pvt) & _MASK)
-        return min(waiting, room)
+        if waiting > room:
+            claimed = (req_prod - self.rsp_prod_pvt) & _MASK
+            if claimed > self.entries:
+                raise RingCorrupt(
+                    f"the frontend claims {claimed} requests in a ring of {self.entries}"
+                )
+            raise RingCorrupt("the frontend took back requests that were consumed already")
+        return waiting
 
     def answer(self, request_id: int, operation: int, status: int) -> None:
-        """Write the next response; nobody sees it before `push`."""
+        """Write the next response; nobody sees it before `push`.
+
+        It takes the place of a request, which therefore has to be consumed.
+        """
+        assert self.rsp_prod_pvt != self.req_cons, "more answers than requests"
         at = (self.rsp_prod_pvt & self._mask) * self.abi.request_size
         self._pack(self._slots, at, request_id, operation, status)
         self.rsp_prod_pvt = (self.rsp_prod_pvt + 1) & _MASK
@@ -102,6 +108,8 @@ class BackRing(_Half):
     def push(self) -> bool:
         """Publish the responses; True if the frontend wants an event."""
         old, new = self._rsp_prod, self.rsp_prod_pvt
+        if old == new:
+            return False
         self._fence()
         self._words[_RSP_PROD] = new
         self._rsp_prod = new
@@ -151,6 +159,8 @@ class FrontRing(_Half):
     def push(self) -> bool:
         """Publish the requests; True if the backend wants an event."""
         old, new = self._req_prod, self.req_prod_pvt
+        if old == new:
+            return False
         self._fence()
         self._words[_REQ_PROD] = new
         self._req_prod = new
