@@ -10,9 +10,8 @@ import trio
 import trio.testing
 
 from xbd.core.blkif import constants
-from xbd.core.datapath import GrantMode
+from xbd.core.datapath import GrantMode, pages
 from xbd.core.datapath.pages.copied import CopiedPages
-from xbd.core.datapath.pages.persistent import PersistentPages
 from xbd.core.driver.testing import Fault, FaultDevice, MemoryDevice
 from xbd.core.errors import DeviceBroken, MediaError, NoSpace, Unsupported
 from xbd.core.frontend import FrontendOptions, RequestFailed
@@ -175,7 +174,7 @@ async def test_requests_wait_while_bounce_memory_is_short(rig_maker, monkeypatch
 
 
 async def test_persistent_pages_are_bounded_and_the_oldest_go(rig_maker, monkeypatch):
-    monkeypatch.setattr(PersistentPages.__init__, "__defaults__", (40,))
+    monkeypatch.setattr(pages, "MAX_PAGES", 40)
     options = FrontendOptions(data_pages=600, indirect_segments=64)
     async with rig_maker(options=options) as rig:
         async with trio.open_nursery() as nursery:

@@ -112,7 +112,7 @@ class Connection:
             ring=ring,
             decoder=Decoder(abi, parts.limits),
             journal=journal,
-            pages=make_pages(self.mode, parts.hypervisor, frontend.domid),
+            pages=make_pages(self.mode, parts.hypervisor, frontend.domid, ring.entries),
             channel=channel,
             access=parts.access,
             extents=parts.extents,

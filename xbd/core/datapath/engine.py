@@ -19,6 +19,7 @@ import trio
 
 from xbd.core.datapath.pages import Work
 from xbd.core.datapath.pages.base import WorkOwner
+from xbd.core.errors import DeviceBroken
 from xbd.core.hostio.uring import IoUring
 
 _log = structlog.get_logger()
@@ -27,6 +28,7 @@ URING_ENTRIES = 256
 MAX_SEGMENTS = 256
 """Segments of the longest request: what a backend offers at most."""
 _IOVEC_BYTES = 16
+SUBMIT_ATTEMPTS = 10_000
 CLOSE_SECONDS = 30.0
 """How long a cancelled disk waits for the host's storage before it leaves its memory to it."""
 THREADS = 4
@@ -120,8 +122,16 @@ class UringEngine(IoEngine):
         return self._iovecs_address + first * 8, (at - first) // 2
 
     def kick(self) -> None:
-        self._uring.submit()
+        self._submit()
         self.reap()
+
+    def _submit(self) -> None:
+        """Hand the queue to the kernel, all of it: one short of memory is asked again."""
+        for _ in range(SUBMIT_ATTEMPTS):
+            self._uring.submit()
+            if not self._uring.queued:
+                return
+        raise DeviceBroken("the kernel takes no more I/O requests: it is out of memory")
 
     def reap(self) -> None:
         """Hand over what is finished; fill up with what waits."""
@@ -138,7 +148,7 @@ class UringEngine(IoEngine):
             if self._waiting:
                 while self._waiting and free:
                     self._queue(*self._waiting.popleft())
-                self._uring.submit()
+                self._submit()
             _hand_over(finished)
 
     async def run(self) -> None:
@@ -154,11 +164,17 @@ class UringEngine(IoEngine):
 
     def close(self) -> None:
         if self.in_flight:
+            self._uring.abandon()
+            _abandoned.append(self)
             return
         self._uring.close()
         self._words.release()
         del self._anchor
         self._iovecs.close()
+
+
+_abandoned: list[UringEngine] = []
+"""Engines whose memory the kernel may still use, for as long as the process lives."""
 
 
 class ThreadEngine(IoEngine):

@@ -122,7 +122,11 @@ class Journal:
         count = len(entries) // size
         start = first & (self._entries - 1)
         end = start + count
-        if end <= self._entries and self._busy.find(1, start, end) < 0:
+        if end > self._entries:
+            before = (self._entries - start) * size
+            behind = (first + self._entries - start) & 0xFFFFFFFF
+            return [*self.record(first, entries[:before]), *self.record(behind, entries[before:])]
+        if self._busy.find(1, start, end) < 0:
             ones, valid = self._run(count)
             self._copies[start * size : end * size] = entries
             self._indices[start:end] = array("I", _wrapping(first, count))

@@ -190,6 +190,11 @@ class IoUring:
         return self._queued - self._reaped
 
     @property
+    def queued(self) -> int:
+        """Requests queued and not yet taken by the kernel."""
+        return self._queued - self._submitted
+
+    @property
     def free(self) -> int:
         """How many requests can be queued now."""
         return self._limit - self._queued

@@ -6,7 +6,7 @@ from xbd.core.datapath.config import GrantMode
 from xbd.core.datapath.pages.base import GuestPages, Page, Work
 from xbd.core.datapath.pages.copied import CopiedPages
 from xbd.core.datapath.pages.mapped import MappedPages
-from xbd.core.datapath.pages.persistent import PersistentPages
+from xbd.core.datapath.pages.persistent import MAX_PAGES, PAGES_PER_REQUEST, PersistentPages
 from xbd.core.errors import BoundaryError
 from xbd.core.hypervisor import Hypervisor
 from xbd.core.units import Domid
@@ -33,10 +33,11 @@ def choose_mode(wanted: GrantMode, hypervisor: Hypervisor, *, persistent: bool) 
     return wanted
 
 
-def make_pages(mode: GrantMode, hypervisor: Hypervisor, domid: Domid) -> GuestPages:
-    """The pages of one ring, in a mode from `choose_mode`."""
+def make_pages(mode: GrantMode, hypervisor: Hypervisor, domid: Domid, entries: int) -> GuestPages:
+    """The pages of a ring of `entries` requests, in a mode from `choose_mode`."""
     if mode is GrantMode.PERSISTENT:
-        return PersistentPages(hypervisor, domid)
+        limit = min(entries * PAGES_PER_REQUEST, MAX_PAGES)
+        return PersistentPages(hypervisor, domid, limit)
     if mode is GrantMode.COPY:
         return CopiedPages(hypervisor, domid)
     return MappedPages(hypervisor, domid)

@@ -10,8 +10,10 @@ from xbd.core.datapath.pages.mapped import map_request, unmap_request
 from xbd.core.hypervisor import Hypervisor
 from xbd.core.units import Domid, GrantRef
 
-MAX_PAGES = 1056
-"""Mapped pages per ring: what xen-blkback keeps (32 requests of 32 segments and a page each)."""
+PAGES_PER_REQUEST = 33
+"""Mapped pages per entry of a ring: xen-blkback's measure, 32 segments and an indirect page."""
+MAX_PAGES = 8448
+"""Mapped pages per ring at most, whatever its size."""
 _PURGE_PART = 20
 """One in so many pages is unmapped at a time."""
 
@@ -21,7 +23,7 @@ class PersistentPages(GuestPages):
 
     mode = "persistent"
 
-    def __init__(self, hypervisor: Hypervisor, domid: Domid, limit: int = MAX_PAGES) -> None:
+    def __init__(self, hypervisor: Hypervisor, domid: Domid, limit: int) -> None:
         self.resident: dict[int, Page] = {}
         self.batch = 0
         self._hypervisor = hypervisor
