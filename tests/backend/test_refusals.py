@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
-from backend_world import Frontend
+from backend_world import BASE, Frontend
 
 from xbd.core.backend.policy import Limits
 from xbd.core.blkif.state import XenbusState
@@ -68,6 +68,7 @@ async def test_the_reason_reaches_the_toolstack(world, neighbour, disk, expected
     await attachment.until_state(CLOSED)
     await attachment.remove()
     await world.until_gone(attachment)
+    assert await world.store.directory(f"{BASE}/error/backend") is None
 
 
 async def test_an_image_in_use_says_so(world, neighbour):

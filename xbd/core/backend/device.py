@@ -25,7 +25,7 @@ from xbd.core.backend.serving import NEW, Outcome, Pace, Serving
 from xbd.core.blkif.state import XenbusState
 from xbd.core.datapath import Disk, FrontendConfig
 from xbd.core.driver import Capability, DeviceAccess, DiskSpec, open_disk
-from xbd.core.errors import ConfigError, StoreLost
+from xbd.core.errors import ConfigError, StoreError, StoreLost
 from xbd.core.hypervisor import Hypervisor
 from xbd.core.xenstore.base import Store
 
@@ -109,8 +109,17 @@ class Device:
                 continue
             if own is not None:
                 await self._incarnation(own)
+            elif self.last_error is not None:
+                await self._forget_error()
             elif not self._bell.take():
                 break  # and nothing can happen between this look and the end
+
+    async def _forget_error(self) -> None:
+        self.last_error = None
+        try:
+            await self._node.forget()
+        except (StoreError, StoreLost) as error:
+            self._diagnostics.note(f"cannot remove its error node: {error}")
 
     async def _incarnation(self, own: OwnKeys) -> Outcome:
         """From one attach by the toolstack to its end."""

@@ -67,7 +67,16 @@ async def write_error_node(
 
 
 async def clear_error_node(tree: StoreReader, device: DeviceId, base: str) -> None:
-    await tree.remove(f"{base}/error/{device.node}")
+    """Remove the error and the directories that are empty without it."""
+    path = f"{base}/error/{device.node}"
+    if await tree.directory(path) is None:
+        return
+    await tree.remove(path)
+    for _ in range(device.node.count("/")):
+        path = path.rpartition("/")[0]
+        if await tree.directory(path):
+            return
+        await tree.remove(path)
 
 
 @attrs.define

@@ -124,3 +124,11 @@ class Node:
             await self._write_state(tree, state)
 
         return await self._change(expected, body)
+
+    async def forget(self) -> None:
+        """The directory is gone: nobody looks for its error any more."""
+
+        async def body(tree: StoreReader) -> None:
+            await clear_error_node(tree, self.device, self._base)
+
+        await self._store.transact(body)
