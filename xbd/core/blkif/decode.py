@@ -169,7 +169,10 @@ class Decoder:
             )
 
     def _discard(self, entry: bytes) -> Discard:
-        """DISCARD.  Of no sectors it is in order and does nothing, as in Linux."""
+        """DISCARD.  Of no sectors it does nothing: a hint is no reason to fail a guest.
+
+        (Linux's block layer has answered that with success and with EINVAL, by version.)
+        """
         _, flag, _, request_id, sector, count = self.abi.discard.unpack(entry)
         secure = bool(flag & DISCARD_SECURE)
         if not self.limits.discard:
