@@ -8,7 +8,7 @@ where only a write or read barrier is needed, once per batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from xbd.core.blkif.abi import RING_HEADER_BYTES, Abi, entries
@@ -104,6 +104,17 @@ class BackRing(_Half):
         at = (self.rsp_prod_pvt & self._mask) * self.abi.request_size
         self._pack(self._slots, at, request_id, operation, status)
         self.rsp_prod_pvt = (self.rsp_prod_pvt + 1) & _MASK
+
+    def answer_many(self, answers: Sequence[tuple[int, int, int, int]]) -> None:
+        """Like `answer` for each: journal slot (which stays here), id, operation, status."""
+        consumed = (self.req_cons - self.rsp_prod_pvt) & _MASK
+        assert len(answers) <= consumed, "more answers than requests"
+        pack, slots, mask, size = self._pack, self._slots, self._mask, self.abi.request_size
+        at = self.rsp_prod_pvt
+        for _, request_id, operation, status in answers:
+            pack(slots, (at & mask) * size, request_id, operation, status)
+            at += 1
+        self.rsp_prod_pvt = at & _MASK
 
     def push(self) -> bool:
         """Publish the responses; True if the frontend wants an event."""
