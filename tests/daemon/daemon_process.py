@@ -48,23 +48,37 @@ class Process:
 
 
 @asynccontextmanager
-async def running(*arguments, **environment):
-    command = [sys.executable, "-m", "xbd", *map(str, arguments)]
-    env = {**os.environ, **{name: str(value) for name, value in environment.items()}}
-    env.pop("JOURNAL_STREAM", None)
+async def starter():
+    """A function that starts processes; those that are left at the end are killed."""
     async with trio.open_nursery() as nursery:
-        start = partial(
-            trio.run_process,
-            command,
-            stderr=subprocess.PIPE,
-            check=False,
-            env=env,
-            deliver_cancel=kill,
-        )
-        process = Process(await nursery.start(start))
-        nursery.start_soon(process.listen)
-        yield process
+
+        async def start(*arguments, **environment):
+            run_it = partial(
+                trio.run_process,
+                [sys.executable, "-m", "xbd", *map(str, arguments)],
+                stderr=subprocess.PIPE,
+                check=False,
+                env=environment_with(environment),
+                deliver_cancel=kill,
+            )
+            process = Process(await nursery.start(run_it))
+            nursery.start_soon(process.listen)
+            return process
+
+        yield start
         nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def running(*arguments, **environment):
+    async with starter() as start:
+        yield await start(*arguments, **environment)
+
+
+def environment_with(more):
+    env = {**os.environ, **{name: str(value) for name, value in more.items()}}
+    env.pop("JOURNAL_STREAM", None)
+    return env
 
 
 async def kill(process):
@@ -74,9 +88,12 @@ async def kill(process):
 async def run(*arguments, **environment):
     """A command that ends by itself: its status, stdout and stderr."""
     command = [sys.executable, "-m", "xbd", *map(str, arguments)]
-    env = {**os.environ, **{name: str(value) for name, value in environment.items()}}
     with trio.fail_after(SECONDS):
         done = await trio.run_process(
-            command, capture_stdout=True, capture_stderr=True, check=False, env=env
+            command,
+            capture_stdout=True,
+            capture_stderr=True,
+            check=False,
+            env=environment_with(environment),
         )
     return done.returncode, done.stdout.decode(), done.stderr.decode()

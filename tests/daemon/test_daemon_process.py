@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
-from daemon_process import SECONDS, run, running
+from daemon_process import SECONDS, run, running, starter
 
 from xbd.core.control.client import ask
 from xbd.core.frontend.device import connect
@@ -161,6 +161,33 @@ async def test_a_store_that_outlives_the_daemon(directory, image):
                     await toolstack.destroy_domain(DOMID)
                 assert await daemon.stop() == 0
         assert await store.stop() == 0
+
+
+async def test_an_upgrade_that_no_guest_notices(directory, image, tmp_path):
+    line = DiskLine(target=f"imagefile:{image}")
+    config = tmp_path / "xbd.toml"
+    config.write_text('[backend]\non_stop = "keep"\n')
+    serve = ("serve", "--config", config, "--embedded", directory)
+    async with starter() as start:
+        store = await start("xenstored", directory)
+        await store.says("XenStore is served")
+        old = await start(*serve)
+        await old.says("serves vbd3")
+        async with (
+            guest_with(directory, line) as (_, _, guest),
+            disk_of(directory, guest, line) as disk,
+        ):
+            await disk.write(0, b"1" * 4096)
+            assert await old.stop() == 0
+            new = await start(*serve)
+            await new.says("connect identifier")
+            with trio.fail_after(SECONDS):
+                assert await disk.read(0, 4096) == b"1" * 4096
+                await disk.write(4096, b"2" * 4096)
+        assert await new.stop() == 0
+        assert "closing the device" not in new.said
+        assert await store.stop() == 0
+    assert image.read_bytes()[:8192] == b"1" * 4096 + b"2" * 4096
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

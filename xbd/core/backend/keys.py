@@ -12,7 +12,7 @@ import attrs
 from xbd.core.blkif import pick_abi
 from xbd.core.blkif.state import XenbusState
 from xbd.core.datapath.config import Features, FrontendConfig, QueueConfig
-from xbd.core.errors import BadNegotiation
+from xbd.core.errors import BadNegotiation, StoreError
 from xbd.core.units import Domid, GrantRef, Port
 from xbd.core.xenstore.base import StoreReader
 
@@ -116,8 +116,11 @@ async def read_own(store: StoreReader, path: str) -> OwnKeys | None:
 
 
 async def read_frontend_state(store: StoreReader, frontend: str) -> XenbusState | None:
-    """The frontend's state, Unknown if its directory is gone; None: a value without meaning."""
-    value = await store.read(f"{frontend}/state")
+    """The frontend's state, Unknown if its directory is gone; None: nothing that means anything."""
+    try:
+        value = await store.read(f"{frontend}/state")
+    except StoreError:
+        return None  # a guest may forbid a driver domain to read
     return XenbusState.UNKNOWN if value is None else parse_state(value)
 
 
@@ -130,7 +133,7 @@ async def read_frontend(
     names no protocol.  Raises `BadNegotiation` with one line that names the key.
     """
     keys = _FrontendKeys(store, frontend)
-    protocol = await store.read(f"{frontend}/protocol")
+    protocol = await keys.text("protocol")
     abi = pick_abi(protocol, machine=machine)
     queue_count = await keys.number("multi-queue-num-queues", default=1)
     if not 1 <= queue_count <= features.max_queues:
@@ -158,8 +161,14 @@ class _FrontendKeys:
         self._store = store
         self._path = path
 
+    async def text(self, name: str) -> str | None:
+        try:
+            return await self._store.read(f"{self._path}/{name}")
+        except StoreError as error:
+            raise BadNegotiation(f"{name} can't be read: {error}") from None
+
     async def optional(self, name: str) -> int | None:
-        text = await self._store.read(f"{self._path}/{name}")
+        text = await self.text(name)
         if text is None:
             return None
         number = parse_u32(text)

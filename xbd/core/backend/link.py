@@ -40,8 +40,17 @@ class Link:
         self.frontend = frontend
         self._nursery.start_soon(self._run, frontend, ready)
         await ready.wait()
-        if self.failure is not None:
-            raise self.failure
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
+
+    def look_again(self, seconds: float) -> None:
+        """Ring the bell in a while."""
+        self._nursery.start_soon(self._ring_later, seconds)
+
+    async def _ring_later(self, seconds: float) -> None:
+        await trio.sleep(seconds)
+        self._bell.ring()
 
     async def _run(self, frontend: FrontendConfig, ready: trio.Event) -> None:
         try:

@@ -20,13 +20,15 @@ from xbd.core.backend.node import Node
 from xbd.core.backend.policy import OnStop, Policy
 from xbd.core.blkif.state import Action, XenbusState, step
 from xbd.core.datapath.disk import Disk
-from xbd.core.errors import BadNegotiation, StoreLost
+from xbd.core.errors import BadNegotiation, GrantFailed, PortFailed, StoreLost
 
 _CLOSING = (XenbusState.UNKNOWN, XenbusState.CLOSING, XenbusState.CLOSED)
 NEW = (XenbusState.UNKNOWN, XenbusState.INITIALISING)
 """States that only the toolstack writes."""
 _FREE_CONNECTS = 8
 _CONNECT_PAUSE_SECONDS = 1.0
+_RETRY_SECONDS = 0.1
+_RETRIES_SECONDS = 10.0
 
 
 class Outcome(enum.Enum):
@@ -68,6 +70,7 @@ class Serving:
     pace: Pace
     stopping: trio.Event
     """Set once when the daemon is told to stop; the bell is rung too."""
+    _retry_until: float | None = attrs.field(default=None, init=False)
 
     async def run(self) -> Outcome:
         """Follow the two states.  Raises what closes the device."""
@@ -144,9 +147,26 @@ class Serving:
             # A guest that was suspended comes with new rings and never closes the old ones.
             await self._disconnect()
         await self.pace.wait()
-        await self.link.connect(frontend)
+        try:
+            await self.link.connect(frontend)
+        except (GrantFailed, PortFailed):
+            if own.state is not XenbusState.CONNECTED or self._tried_long_enough():
+                raise
+            self.link.look_again(_RETRY_SECONDS)
+            return False
         self.diagnostics.connected(frontend, self.disk.describe())
         return True
+
+    def _tried_long_enough(self) -> bool:
+        """Connecting to a guest that another daemon has left connected may take a while.
+
+        Its event channel is bound until that process is wholly gone, and on the embedded host
+        the guest has yet to hand its memory to us.
+        """
+        now = trio.current_time()
+        if self._retry_until is None:
+            self._retry_until = now + _RETRIES_SECONDS
+        return now > self._retry_until
 
     async def _disconnect(self) -> None:
         if not self.link.connected:

@@ -20,7 +20,7 @@ from xbd.core.backend.diagnostics import Diagnostics, DomainLimits, one_line
 from xbd.core.backend.failure import is_store_lost, stops_daemon, worst
 from xbd.core.backend.identity import DeviceId, parse_devid, parse_domid
 from xbd.core.backend.keys import OwnKeys, read_own
-from xbd.core.errors import ConfigError, StoreLost
+from xbd.core.errors import ConfigError, StoreError, StoreLost, XbdError
 from xbd.core.units import Domid
 
 SCRIPT_NAME: Final = "block-xbd"
@@ -101,6 +101,8 @@ class Supervisor:
                         await self._look(kind, place)
                 except StoreLost:
                     continue  # the watch fires when it is back
+                except StoreError as error:
+                    _log.error(f"cannot look at {path}: {error}")
                 if first:
                     first = False
                     self._unscanned -= 1
@@ -178,7 +180,7 @@ class Supervisor:
                 _log.error(
                     f"the device's task ended: {one_line(error)}",
                     device=device.id.name,
-                    exc_info=caught,
+                    exc_info=None if isinstance(error, XbdError) else caught,
                 )
         finally:
             del self.devices[device.id]
