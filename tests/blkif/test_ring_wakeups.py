@@ -21,11 +21,15 @@ def nothing() -> None:
 class Wakeups:
     """One side gives work in some pushes; the other takes it and goes to sleep.
 
+    What comes in twos is the giver's, then the sleeper's.
+
     `armed`: whether the sleeper has asked for an event already, as after its last sleep, or has an
     old number in its event word, as while it is busy.
     """
 
-    def __init__(self, *, pushes: int, armed: bool, eager: tuple[bool, bool], fences: bool) -> None:
+    def __init__(
+        self, *, pushes: int, armed: bool, eager: tuple[bool, bool], fences: tuple[bool, bool]
+    ) -> None:
         view = memoryview(bytearray(4096))
         self.front = FrontRing(view, X86_64, 0, fence=nothing, start=START)
         self.back = BackRing(view, X86_64, 0, fence=nothing, attach=True)
@@ -43,9 +47,10 @@ class Wakeups:
             words[self.event_word] = (START - 5) % 2**32
         memory = [words[index] for index in range(INDICES)]
         giver, sleeper = (Processor(memory, eager=eager) for eager in self.eager)
-        for half, processor in ((self.giver, giver), (self.sleeper, sleeper)):
+        halves = (self.giver, self.sleeper)
+        for half, processor, fenced in zip(halves, (giver, sleeper), self.fences, strict=True):
             half._words = processor
-            half._fence = processor.fence if self.fences else processor.no_fence
+            half._fence = processor.fence if fenced else processor.no_fence
         giver.start(self.gives)
         sleeper.start(self.takes)
         taken = run([giver, sleeper], schedule)
@@ -96,6 +101,7 @@ class ResponseWakeups(Wakeups):
 
 
 DIRECTIONS = pytest.mark.parametrize("direction", [RequestWakeups, ResponseWakeups])
+FENCED = (True, True)
 LATE = [(True, True), (True, False), (False, True), (False, False)]
 
 
@@ -104,7 +110,7 @@ LATE = [(True, True), (True, False), (False, True), (False, False)]
 @pytest.mark.parametrize("eager", LATE)
 def test_every_order_of_one_push_and_going_to_sleep(direction, armed, eager):
     def attempt(schedule):
-        return direction(pushes=1, armed=armed, eager=eager, fences=True).run(schedule)
+        return direction(pushes=1, armed=armed, eager=eager, fences=FENCED).run(schedule)
 
     assert every_schedule(attempt) > 20
 
@@ -117,13 +123,16 @@ def test_every_order_of_one_push_and_going_to_sleep(direction, armed, eager):
     eager=st.sampled_from(LATE),
 )
 def test_many_pushes(direction, schedule, pushes, armed, eager):
-    direction(pushes=pushes, armed=armed, eager=eager, fences=True).run(schedule)
+    direction(pushes=pushes, armed=armed, eager=eager, fences=FENCED).run(schedule)
 
 
 @DIRECTIONS
-def test_the_model_sees_what_a_missing_fence_does(direction):
+@pytest.mark.parametrize("fences", [(False, True), (True, False)])
+def test_the_model_sees_what_a_missing_fence_does(direction, fences):
+    """Each side needs its own."""
+
     def attempt(schedule):
-        return direction(pushes=1, armed=False, eager=(False, False), fences=False).run(schedule)
+        return direction(pushes=1, armed=False, eager=(False, False), fences=fences).run(schedule)
 
     with pytest.raises(AssertionError, match="asleep, with work"):
         every_schedule(attempt)
@@ -132,7 +141,7 @@ def test_the_model_sees_what_a_missing_fence_does(direction):
 @DIRECTIONS
 def test_the_model_sees_a_sleeper_that_does_not_look_again(direction):
     def attempt(schedule):
-        wakeups = direction(pushes=1, armed=False, eager=(True, True), fences=True)
+        wakeups = direction(pushes=1, armed=False, eager=(True, True), fences=FENCED)
         careful = wakeups.sleeper.final_check
         wakeups.sleeper.final_check = lambda: careful() and False
         return wakeups.run(schedule)

@@ -91,7 +91,7 @@ STEPS: Final[dict[tuple[XenbusState, XenbusState], Step]] = {
         Action.CONNECT, _S.CONNECTED, needs_online=True, why="the frontend reconnects at once"
     ),
     (_S.CLOSED, _S.CLOSING): _LET_GO,
-    (_S.CLOSED, _S.CLOSED): _LET_GO,
+    (_S.CLOSED, _S.CLOSED): Step(Action.DISCONNECT, why="the frontend has closed"),
 }
 """What is not here changes nothing.  States 0 and 1 of ours are the toolstack's: it attaches."""
 
