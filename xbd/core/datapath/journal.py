@@ -47,6 +47,7 @@ from xbd.core.units import PAGE_SIZE
 MAGIC: Final = b"XBDJRNL1"
 VALID: Final = 1 << 32
 ANSWERING: Final = 2 << 32
+_LAST_ANSWERING: Final = ANSWERING | 0xFFFFFFFF
 _HEADER: Final = struct.Struct("=8s4I6I16s36s")
 _REFS_OFFSET: Final = 128
 _IN_USE: Final = 1
@@ -92,7 +93,9 @@ class Journal:
         self._marks = view[marks:indices].cast("Q")
         self._indices = view[indices:copies].cast("I")
         self._copies = view[copies:total]
+        self._no_marks = array("Q", bytes(8 * entries))
         self._busy = bytearray(entries)
+        self._open = 0
         self._runs: dict[int, tuple[bytes, array[int]]] = {}
         view.release()
         self._write_header(identity)
@@ -126,6 +129,7 @@ class Journal:
             before = (self._entries - start) * size
             behind = (first + self._entries - start) & 0xFFFFFFFF
             return [*self.record(first, entries[:before]), *self.record(behind, entries[before:])]
+        self._open += count
         if self._busy.find(1, start, end) < 0:
             ones, valid = self._run(count)
             self._copies[start * size : end * size] = entries
@@ -157,11 +161,18 @@ class Journal:
     def answering(self, slots: Sequence[int], first: int) -> None:
         """These requests are done; their responses will be written from index `first` on."""
         marks = self._marks
-        for response_index, slot in enumerate(slots, first):
-            marks[slot] = ANSWERING | (response_index & 0xFFFFFFFF)
+        mark = ANSWERING | first
+        for slot in slots:
+            marks[slot] = mark
+            mark = mark + 1 if mark != _LAST_ANSWERING else ANSWERING
 
     def clear(self, slots: Sequence[int]) -> None:
         """The responses are published."""
+        self._open -= len(slots)
+        if not self._open:
+            self._marks[:] = self._no_marks
+            self._busy[:] = bytes(self._entries)
+            return
         marks = self._marks
         busy = self._busy
         for slot in slots:
@@ -171,7 +182,7 @@ class Journal:
     @property
     def open_requests(self) -> int:
         """Requests recorded and not cleared."""
-        return self._busy.count(1)
+        return self._open
 
     def close(self) -> None:
         """Drop the journal: the ring is drained or gone."""

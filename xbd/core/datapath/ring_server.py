@@ -12,8 +12,6 @@ holds back everything after it.
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections import deque
 from collections.abc import Sequence
 
@@ -28,30 +26,23 @@ from xbd.core.blkif import (
     Flush,
     Indirect,
     Rejected,
+    Request,
     Transfer,
     constants,
 )
+from xbd.core.datapath.cached_reads import Answer, CachedReads, Item
 from xbd.core.datapath.config import DiskStats
 from xbd.core.datapath.engine import IoEngine
-from xbd.core.datapath.extents import ExtentCache
+from xbd.core.datapath.extents import Entry, ExtentCache
 from xbd.core.datapath.journal import Journal
 from xbd.core.datapath.pages import GuestPages, Work
 from xbd.core.driver import DeviceAccess, Extent
 from xbd.core.errors import BadRequest, Disposition, GrantFailed, XbdError
 from xbd.core.hypervisor import EventChannel
 from xbd.core.ratelimit import RateLimit
-from xbd.core.units import PAGE_SIZE
 
 _log = structlog.get_logger()
 
-Request = Transfer | Flush | Discard | Indirect | Rejected
-Item = tuple[int, Request]
-"""A journal slot and its request."""
-Answer = tuple[int, int, int, int]
-"""Journal slot, id, operation, status."""
-
-INLINE_BYTES = 128 * 1024
-"""Reads up to this length are tried on the host's page cache without leaving the task."""
 SPURIOUS_EVENTS = 16
 """Wake-ups in a row without work before the ring backs off."""
 MAX_BACK_OFF_SECONDS = 0.02
@@ -77,21 +68,21 @@ class RingServer:
     log_limit: RateLimit = attrs.field(factory=RateLimit)
     nursery: trio.Nursery = attrs.field(init=False)
     """Where upcalls run; set before `run`."""
-    _inline: bool = attrs.field(default=False, init=False)
-    """Whether some file of the disk goes through the host's page cache."""
     _open: dict[int, Request | Work] = attrs.field(factory=dict, init=False)
     """Requests that were set off and have no answer yet, by journal slot."""
     _backlog: deque[Item] = attrs.field(factory=deque, init=False)
     """Requests that wait: for memory, or behind a barrier."""
     _barrier: bool = attrs.field(default=False, init=False)
+    """Whether a barrier is under way."""
     _quiet: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot, init=False)
-    _cached: dict[int, bool] = attrs.field(factory=dict, init=False)
-    """Whether an fd goes through the host's page cache."""
+    """Where those sleep who wait for answers to leave."""
+    _cached: CachedReads = attrs.field(init=False)
     _alignment: int = attrs.field(init=False)
     _memory_alignment: int = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         geometry = self.access.geometry
+        self._cached = CachedReads(self.extents, self.pages, self.stats)
         self._alignment = geometry.request_alignment
         self._memory_alignment = geometry.memory_alignment
 
@@ -117,12 +108,18 @@ class RingServer:
         entries = self.ring.take()
         if not entries:
             return False
-        count = len(entries) // self.decoder.abi.request_size
-        slots = self.journal.record((self.ring.req_cons - count) & 0xFFFFFFFF, entries)
-        items = zip(slots, self.decoder.decode_batch(entries), strict=True)
+        requests = self.decoder.decode_batch(entries)
+        slots = self.journal.record((self.ring.req_cons - len(requests)) & 0xFFFFFFFF, entries)
+        items = zip(slots, requests, strict=True)
         self.pages.batch += 1
-        self._backlog.extend(items)
-        self._advance()
+        if self._cached.useful and not self._backlog and not self._barrier:
+            answers = self._cached.serve(items, self._backlog)
+            if answers:
+                self._publish(answers)
+        else:
+            self._backlog.extend(items)
+        if self._backlog:
+            self._advance()
         return True
 
     @property
@@ -158,78 +155,38 @@ class RingServer:
         backlog = self._backlog
         if backlog and self._open and self._is_barrier(backlog[0][1]):
             return
-        answers: list[Answer] = []
+        failed: list[tuple[int, Rejected]] = []
         works: list[Work] = []
         while backlog and not self._barrier:
             slot, request = backlog.popleft()
             if type(request) is Indirect:
                 request = self._expand(request)
-            if type(request) is Transfer:
-                if self._inline and not request.write and self._read_cached(request):
-                    answers.append((slot, request.id, request.operation, _OKAY))
-                elif not self._prepare(slot, request, works, answers):
-                    backlog.appendleft((slot, request))
-                    break
-            elif type(request) is Rejected:
-                answers.append(self._refuse(slot, request))
+            if self._is_barrier(request) and not self._take_barrier(works):
+                backlog.appendleft((slot, request))
+                break
+            if isinstance(request, Transfer):
+                try:
+                    work = self.pages.attach(slot, request)
+                except GrantFailed as error:
+                    request = _rejected(request, str(error))
+                else:
+                    if work is None:
+                        self._barrier = False
+                        backlog.appendleft((slot, request))
+                        break
+                    self._open[slot] = work
+                    works.append(work)
             elif isinstance(request, Flush | Discard):
-                if self._is_barrier(request) and not self._take_barrier(works):
-                    backlog.appendleft((slot, request))
-                    break
                 self._open[slot] = request
                 self.nursery.start_soon(self._control, slot, request)
-        if works or answers:
-            self._start(works, answers)
+            if isinstance(request, Rejected):
+                self._barrier = False
+                failed.append((slot, request))
+        self._start(works)
+        if failed:
+            self._refuse(failed)
 
-    def _read_cached(self, request: Transfer) -> bool:
-        """Read now from the host's page cache into resident pages; False: not possible."""
-        length = request.length
-        found = self._find(request)
-        if found is None or length > INLINE_BYTES or not self._cached[found[2]]:
-            return False
-        resident = self.pages.resident
-        batch = self.pages.batch
-        buffers = []
-        for ref, first, size in request.segments:
-            page = resident.get(ref)
-            if page is None:
-                return False
-            page.used = batch
-            buffers.append(page.view if size == PAGE_SIZE else page.view[first : first + size])
-        try:
-            done = os.preadv(found[2], buffers, request.offset + found[3], os.RWF_NOWAIT)
-        except BlockingIOError:
-            return False
-        except OSError:
-            self._cached[found[2]] = False  # no RWF_NOWAIT on this file
-            return False
-        if done != length:
-            return False
-        self.stats.rd_req += 1
-        self.stats.rd_bytes += length
-        return True
-
-    def _prepare(
-        self, slot: int, request: Transfer, works: list[Work], answers: list[Answer]
-    ) -> bool:
-        """Give a transfer its pages; False: it has to wait."""
-        if request.barrier and not self._take_barrier(works):
-            return False
-        try:
-            work = self.pages.attach(slot, request)
-        except GrantFailed as error:
-            self._note(error)
-            answers.append((slot, request.id, request.operation, _ERROR))
-            self._barrier = self._barrier and not request.barrier
-            return True
-        if work is None:
-            self._barrier = self._barrier and not request.barrier
-            return False
-        self._open[slot] = work
-        works.append(work)
-        return True
-
-    def _is_barrier(self, request: Request) -> bool:
+    def _is_barrier(self, request: Request | Rejected) -> bool:
         return (type(request) is Flush and request.operation == constants.WRITE_BARRIER) or (
             type(request) is Transfer and request.barrier
         )
@@ -241,8 +198,10 @@ class RingServer:
         self._barrier = True
         return True
 
-    def _start(self, works: list[Work], answers: list[Answer]) -> None:
-        """Set off transfers that have their pages, and publish what is answered already."""
+    def _start(self, works: list[Work]) -> None:
+        """Set off transfers that have their pages."""
+        if not works:
+            return
         self.pages.fetch(works)
         queued = False
         failed = []
@@ -261,23 +220,19 @@ class RingServer:
                 self.engine.start(self, work, found[2], request.offset + found[3])
                 queued = True
         if failed:
-            answers.extend(self._finish(failed))
-        if answers:
-            self._answer(answers)
+            self._answer(failed)
         if queued:
             self.engine.kick()
 
-    def _find(self, request: Transfer) -> tuple[int, int, int, int] | None:
+    def _find(self, request: Transfer) -> Entry | None:
+        """The extent that holds all of a transfer."""
         found = self.extents.hot[request.write]
         if request.offset < found[0] or request.offset + request.length > found[1]:
             entry = self.extents.find(request.offset, request.length, for_write=request.write)
             if entry is None:
                 return None
             found = entry
-            if found[2] not in self._cached:
-                flags = fcntl.fcntl(found[2], fcntl.F_GETFL)
-                self._cached[found[2]] = not flags & os.O_DIRECT
-                self._inline = self._inline or not flags & os.O_DIRECT
+            self._cached.learn(found[2])
         return found
 
     def _aligned(self, work: Work) -> bool:
@@ -292,7 +247,7 @@ class RingServer:
         try:
             return self.decoder.expand(request, self.pages.read_indirect(request))
         except (BadRequest, GrantFailed) as error:
-            return Rejected(request.id, request.operation, _ERROR, str(error))
+            return _rejected(request, str(error))
 
     # -- upcalls ----------------------------------------------------------------------------
 
@@ -311,7 +266,7 @@ class RingServer:
                 await self.access.flush()
         except XbdError as error:
             work.status, fatal = self._judge(error)
-        self._answer(self._finish([work]), barrier=request.barrier)
+        self._answer([work])
         if fatal is not None:
             raise fatal
 
@@ -329,8 +284,10 @@ class RingServer:
         except XbdError as error:
             status, fatal = self._judge(error)
         self.stats.count(request.operation, length)
-        answer = (slot, request.id, request.operation, status)
-        self._answer([answer], barrier=self._is_barrier(request))
+        del self._open[slot]
+        self._barrier = self._barrier and not self._is_barrier(request)
+        self.stats.errors += bool(status)
+        self._publish([(slot, request.id, request.operation, status)])
         if fatal is not None:
             raise fatal
 
@@ -349,49 +306,53 @@ class RingServer:
             work.direct = False
             self.nursery.start_soon(self._upcall, work)
         if good:
-            self._answer(self._finish(good))
+            self._answer(good)
         elif self._quiet:
             self._quiet.unpark_all()
 
-    def _finish(self, works: Sequence[Work]) -> list[Answer]:
+    def _answer(self, works: Sequence[Work]) -> None:
+        """Deliver and answer transfers that have ended."""
         self.pages.finish(works)
-        answers = []
         stats = self.stats
+        is_open = self._open
+        answers = []
         for work in works:
             request = work.request
             if request.write:
                 stats.wr_req += 1
                 stats.wr_bytes += request.length
+                if request.barrier:
+                    self._barrier = False
             else:
                 stats.rd_req += 1
                 stats.rd_bytes += request.length
+            del is_open[work.slot]
             answers.append((work.slot, request.id, request.operation, work.status))
-        return answers
+            if work.status:
+                stats.errors += 1
+        self._publish(answers)
 
-    def _answer(self, answers: Sequence[Answer], *, barrier: bool = False) -> None:
-        """Publish answers, then go on with what waited for them."""
+    def _publish(self, answers: Sequence[Answer]) -> None:
+        """Answer, each slot's request once, then go on with what waited for it."""
         ring = self.ring
         slots = [answer[0] for answer in answers]
         self.journal.answering(slots, ring.rsp_prod_pvt)
-        is_open = self._open
-        for slot, request_id, operation, status in answers:
-            ring.answer(request_id, operation, status)
-            is_open.pop(slot, None)
-            if status:
-                self.stats.errors += 1
+        ring.answer_many(answers)
         if ring.push():
             self.channel.notify()
         self.journal.clear(slots)
-        if barrier:
-            self._barrier = False
         if self._backlog:
             self._advance()
         if self._quiet:
             self._quiet.unpark_all()
 
-    def _refuse(self, slot: int, request: Rejected) -> Answer:
-        self._log(request.reason)
-        return slot, request.id, request.operation, request.status
+    def _refuse(self, failed: Sequence[tuple[int, Rejected]]) -> None:
+        for _, request in failed:
+            self._log(request.reason)
+        self.stats.errors += len(failed)
+        self._publish(
+            [(slot, request.id, request.operation, request.status) for slot, request in failed]
+        )
 
     def _note(self, error: XbdError) -> None:
         self._log(str(error))
@@ -409,3 +370,7 @@ class RingServer:
         self.pages.close()
         self._open.clear()
         self._backlog.clear()
+
+
+def _rejected(request: Transfer | Indirect, reason: str) -> Rejected:
+    return Rejected(request.id, request.operation, _ERROR, reason)
