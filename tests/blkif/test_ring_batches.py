@@ -86,6 +86,7 @@ def test_limits_that_shrink_between_an_indirect_request_and_its_pages(abi, limit
 
 ANSWERS = st.lists(
     st.tuples(
+        st.integers(0, 31),
         st.integers(0, 2**64 - 1),
         st.integers(0, 255),
         st.sampled_from([0, -1, -2]),
@@ -109,12 +110,12 @@ def test_many_answers_are_what_single_ones_are(abi, batches, start):
             if many:
                 back.answer_many(answers)
             else:
-                for request_id, operation, status in answers:
+                for _, request_id, operation, status in answers:
                     back.answer(request_id, operation, status)
             for _ in range(32 - len(answers)):
                 back.answer(0, 0, 0)
             back.push()
-            assert front.responses()[: len(answers)] == answers
+            assert front.responses()[: len(answers)] == [answer[1:] for answer in answers]
         memories.append(bytes(view))
     assert memories[0] == memories[1]
 
@@ -131,5 +132,5 @@ def test_more_answers_than_requests():
     ask(X86_64, front, 3)
     back.take(2)
     with pytest.raises(AssertionError, match="more answers"):
-        back.answer_many([(0, 0, 0)] * 3)
-    back.answer_many([(0, 0, 0)] * 2)
+        back.answer_many([(0, 0, 0, 0)] * 3)
+    back.answer_many([(0, 0, 0, 0)] * 2)
