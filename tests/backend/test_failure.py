@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 
+import pytest
 import trio
 
 from xbd.core.backend.bell import Bell
@@ -83,3 +84,18 @@ async def test_a_bell_that_is_rung_often_is_one_look():
     bell.ring()
     assert bell.take()
     assert not bell.take()
+
+
+async def test_who_rings_all_the_time_is_answered_slowly(autojump_clock):
+    bell = Bell()
+    began = trio.current_time()
+    for _ in range(64 + 50):
+        bell.ring()
+        await bell.wait()
+    assert trio.current_time() - began == pytest.approx(1.0)
+    await trio.sleep(60)
+    began = trio.current_time()
+    for _ in range(64):
+        bell.ring()
+        await bell.wait()
+    assert trio.current_time() == began, "after a while of quiet it is as quick as before"

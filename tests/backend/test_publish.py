@@ -66,7 +66,9 @@ def test_a_disk_that_cannot_flush_is_durable_by_itself():
 def test_no_discard(why):
     features = choose(**why)
     assert not features.discard
-    assert "discard-granularity" not in offer(Geometry(size=1 << 20), features, own())
+    assert "discard-granularity" not in offer(
+        Geometry(size=1 << 20), features, own(), read_only=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,7 @@ def test_the_keys():
         discard_granularity=65536,
         discard_alignment=4096,
     )
-    keys = offer(geometry, choose(), own(mode="r", device_type="cdrom", removable=True))
+    keys = offer(geometry, choose(), own(device_type="cdrom", removable=True), read_only=True)
     assert keys["sectors"] == 16384, "in units of 512 bytes, whatever sector-size is"
     assert keys["sector-size"] == 4096
     assert keys["physical-sector-size"] == 4096

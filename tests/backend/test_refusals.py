@@ -136,3 +136,24 @@ async def test_a_slow_refusal_does_not_come_after_the_toolstack_gave_up(world):
     await attachment.until_state(CLOSED)
     await trio.testing.wait_all_tasks_blocked(0.02)
     assert await attachment.key("state") == "6"
+
+
+async def test_a_guest_cannot_make_us_try_to_open_for_ever(world):
+    """The image disappears while the guest has closed the disk, and the guest begins anew."""
+    await world.start(limits=Limits(failures=3, frontend_seconds=0.05))
+    image = world.image()
+    async with world.guest() as domain:
+        attachment = await world.attach(domain.domid, f"imagefile:{image}")
+        frontend = Frontend(attachment, domain)
+        await frontend.connect()
+        await frontend.state(CLOSED)
+        await attachment.until_state(CLOSED)
+        await world.stop()
+        image.unlink()
+        await frontend.state(XenbusState.INITIALISING)
+        await world.start()
+        with trio.fail_after(10):
+            while not world.said("failed more than 3 times"):
+                await trio.testing.wait_all_tasks_blocked(0.01)
+        assert await attachment.key("state") == "6"
+        assert len(world.said("No such file")) == 4

@@ -70,7 +70,7 @@ async def test_there_is_no_xen(tmp_path, config):
         await store.says("XenStore is served")
         socket_path = tmp_path / "host" / "xenstored.socket"
         config.write_text(config.read_text() + f'[store]\npath = "{socket_path}"\n')
-        await fails("serve", "--config", config, status=1, says="en")
+        await fails("serve", "--config", config, status=1, says="without Xen")
 
 
 async def test_the_embedded_directory_cannot_be_used(tmp_path):

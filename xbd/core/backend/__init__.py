@@ -1,0 +1,1 @@
+"""One device's life, and the supervisor of all devices."""

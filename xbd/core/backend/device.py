@@ -12,16 +12,18 @@ from contextlib import AsyncExitStack
 import attrs
 import trio
 
-from xbd.core.backend.bell import Bell
+from xbd.core.backend.bell import Bell, Pace
 from xbd.core.backend.diagnostics import Diagnostics
+from xbd.core.backend.diskless import failed_state, refused_state, serve_without_disk
 from xbd.core.backend.failure import FailureBudget, is_store_lost, stops_daemon, worst
 from xbd.core.backend.identity import DeviceId
 from xbd.core.backend.keys import OwnKeys
 from xbd.core.backend.link import Link
 from xbd.core.backend.node import Node
+from xbd.core.backend.outcome import NEW, Outcome
 from xbd.core.backend.policy import Policy
 from xbd.core.backend.publish import choose_features
-from xbd.core.backend.serving import NEW, Outcome, Pace, Serving
+from xbd.core.backend.serving import Serving
 from xbd.core.blkif.state import XenbusState
 from xbd.core.datapath import Disk, FrontendConfig
 from xbd.core.driver import Capability, DeviceAccess, DiskSpec, open_disk
@@ -29,7 +31,8 @@ from xbd.core.errors import ConfigError, StoreError, StoreLost
 from xbd.core.hypervisor import Hypervisor
 from xbd.core.xenstore.base import Store
 
-_OPEN_STATES = (XenbusState.INIT_WAIT, XenbusState.INITIALISED, XenbusState.CONNECTED)
+_FREE_CONNECTS = 8
+_CONNECT_PAUSE_SECONDS = 1.0
 
 
 def disk_text(own: OwnKeys) -> str:
@@ -70,7 +73,7 @@ class Device:
         self._node = Node(services.store, services.base, device)
         self._bell = Bell()
         self._stopping = trio.Event()
-        self._pace = Pace()
+        self._pace = Pace(_FREE_CONNECTS, _CONNECT_PAUSE_SECONDS)
         limits = services.policy.limits
         self._budget = FailureBudget(limits.failures, limits.failure_window_seconds)
 
@@ -156,15 +159,11 @@ class Device:
             return Outcome.AGAIN
         self._diagnostics.failed(error)
         self.last_error = str(error)
-        retry = self._budget.spend()
-        if not retry:
-            limits = self._policy.limits
-            self._diagnostics.worn_out(limits.failures, limits.failure_window_seconds)
+        retry = self._may_fail_again()
         try:
             own = await self._node.read()
             if own is not None:
-                new = XenbusState.CLOSING if own.state in _OPEN_STATES else own.state
-                await self._node.fail(own.state, error, new)
+                await self._node.fail(own.state, error, failed_state(own.state))
             return await self._without_disk(retry=retry)
         except StoreLost:
             return Outcome.AGAIN
@@ -213,7 +212,7 @@ class Device:
         )
         if own.state in (*NEW, XenbusState.INIT_WAIT):
             new = XenbusState.INIT_WAIT
-            if not await self._node.publish(own, access.geometry, features, new):
+            if not await self._node.publish(own, disk, new):
                 return Outcome.AGAIN
         async with trio.open_nursery() as nursery:
             link = Link(disk, nursery, self._bell)
@@ -239,48 +238,17 @@ class Device:
         """The disk can't be opened: let the toolstack's attach fail with the reason."""
         self._diagnostics.open_failed(error)
         self.last_error = str(error)
-        if own.state in (*NEW, XenbusState.INIT_WAIT):
-            new = XenbusState.INIT_WAIT
-        else:
-            new = XenbusState.CLOSING if own.state in _OPEN_STATES else XenbusState.CLOSED
-        if not await self._node.fail(own.state, error, new):
+        retry = self._may_fail_again()
+        if not await self._node.fail(own.state, error, refused_state(own.state)):
             return Outcome.AGAIN
-        return await self._without_disk(retry=True)
+        return await self._without_disk(retry=retry)
 
     async def _without_disk(self, *, retry: bool) -> Outcome:
-        """Answer both sides as far as that goes without a disk.
+        return await serve_without_disk(self._node, self._bell, self._stopping, retry=retry)
 
-        `retry`: serve again when the guest begins anew.
-        """
-        self._bell.ring()
-        while True:
-            await self._bell.wait()
-            if self._stopping.is_set():
-                return Outcome.STOPPED
-            own = await self._node.read()
-            if own is None:
-                return Outcome.VANISHED
-            if own.state in NEW:
-                return Outcome.RENEWED
-            theirs = await self._node.frontend_state(own)
-            begins_anew = own.online and theirs is XenbusState.INITIALISING
-            if retry and begins_anew and own.state is XenbusState.CLOSED:
-                return Outcome.AGAIN
-            await self._node.switch(own.state, without_disk(own, theirs))
-
-
-def without_disk(own: OwnKeys, theirs: XenbusState | None) -> XenbusState:
-    """Our next state where there is no disk: only ever towards Closed."""
-    ours = own.state
-    if ours is XenbusState.INIT_WAIT:
-        # libxl is waiting for it, or its script is about to tell the reason.
-        waits = theirs in (XenbusState.INITIALISED, XenbusState.CONNECTED)
-        return XenbusState.CLOSING if waits and (own.script_done or not own.script) else ours
-    if ours is XenbusState.CLOSING:
-        frontend_is_open = theirs in (
-            XenbusState.INITIALISED,
-            XenbusState.CONNECTED,
-            XenbusState.CLOSING,
-        )
-        return ours if frontend_is_open and own.online else XenbusState.CLOSED
-    return ours
+    def _may_fail_again(self) -> bool:
+        if self._budget.spend():
+            return True
+        limits = self._policy.limits
+        self._diagnostics.worn_out(limits.failures, limits.failure_window_seconds)
+        return False

@@ -26,10 +26,9 @@ from xbd.core.backend.keys import (
     read_frontend_state,
     read_own,
 )
-from xbd.core.backend.publish import write_offer
+from xbd.core.backend.publish import offer
 from xbd.core.blkif.state import XenbusState
-from xbd.core.datapath.config import Features, FrontendConfig
-from xbd.core.driver import Geometry
+from xbd.core.datapath import Disk, Features, FrontendConfig
 from xbd.core.xenstore.base import Store, StoreReader, Watch
 
 Body = Callable[[StoreReader], Awaitable[None]]
@@ -95,13 +94,13 @@ class Node:
 
         return await self._change(expected, body)
 
-    async def publish(
-        self, own: OwnKeys, geometry: Geometry, features: Features, state: XenbusState
-    ) -> bool:
+    async def publish(self, own: OwnKeys, disk: Disk, state: XenbusState) -> bool:
         """Geometry, features and xbd-status, and then the state (InitWait)."""
+        keys = offer(disk.access.geometry, disk.features, own, read_only=disk.read_only)
 
         async def body(tree: StoreReader) -> None:
-            await write_offer(tree, self.path, geometry, features, own)
+            for name, value in keys.items():
+                await tree.write(f"{self.path}/{name}", str(value))
             await tree.write(f"{self.path}/{STATUS_KEY}", "open")
             await tree.remove(f"{self.path}/{ERROR_KEY}")
             await clear_error_node(tree, self.device, self._base)

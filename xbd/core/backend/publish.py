@@ -13,7 +13,6 @@ from xbd.core.backend.policy import FeatureToggles
 from xbd.core.blkif import constants
 from xbd.core.datapath.config import Features, GrantMode
 from xbd.core.driver import Capability, Geometry
-from xbd.core.xenstore.base import StoreReader
 
 _PERSISTENT_MODES: Final = (GrantMode.AUTO, GrantMode.PERSISTENT)
 
@@ -41,14 +40,14 @@ def choose_features(
     )
 
 
-def info_flags(own: OwnKeys) -> int:
+def info_flags(own: OwnKeys, *, read_only: bool) -> int:
     """The VDISK_* flags of the key ``info``."""
     flags = 0
     if own.device_type == "cdrom":
         flags |= constants.VDISK_CDROM
     if own.removable:
         flags |= constants.VDISK_REMOVABLE
-    if not own.writable:
+    if read_only:
         flags |= constants.VDISK_READONLY
     return flags
 
@@ -58,13 +57,15 @@ def size_keys(geometry: Geometry) -> dict[str, int]:
     return {"sectors": geometry.size // constants.SECTOR}
 
 
-def offer(geometry: Geometry, features: Features, own: OwnKeys) -> dict[str, int]:
+def offer(
+    geometry: Geometry, features: Features, own: OwnKeys, *, read_only: bool
+) -> dict[str, int]:
     """Every key, by name."""
     keys = {
         **size_keys(geometry),
         "sector-size": geometry.logical_block,
         "physical-sector-size": max(geometry.physical_block, geometry.logical_block),
-        "info": info_flags(own),
+        "info": info_flags(own, read_only=read_only),
         "feature-flush-cache": int(features.flush),
         "feature-barrier": int(features.barrier),
         "feature-discard": int(features.discard),
@@ -79,11 +80,3 @@ def offer(geometry: Geometry, features: Features, own: OwnKeys) -> dict[str, int
         keys["discard-alignment"] = geometry.discard_alignment
         keys["discard-secure"] = int(features.discard_secure)
     return keys
-
-
-async def write_offer(
-    tree: StoreReader, path: str, geometry: Geometry, features: Features, own: OwnKeys
-) -> None:
-    """Write all keys; call it in the transaction that also writes state 2."""
-    for name, value in offer(geometry, features, own).items():
-        await tree.write(f"{path}/{name}", str(value))

@@ -5,56 +5,25 @@ What to do is the table in `xbd.core.blkif.state`; here is how.
 
 from __future__ import annotations
 
-import enum
 import sys
-import time
 
 import attrs
 import trio
 
-from xbd.core.backend.bell import Bell
+from xbd.core.backend.bell import Bell, Pace
 from xbd.core.backend.diagnostics import Diagnostics
 from xbd.core.backend.keys import OwnKeys
 from xbd.core.backend.link import Link
 from xbd.core.backend.node import Node
+from xbd.core.backend.outcome import NEW, Outcome
 from xbd.core.backend.policy import OnStop, Policy
 from xbd.core.blkif.state import Action, XenbusState, step
 from xbd.core.datapath.disk import Disk
 from xbd.core.errors import BadNegotiation, GrantFailed, PortFailed, StoreLost
 
 _CLOSING = (XenbusState.UNKNOWN, XenbusState.CLOSING, XenbusState.CLOSED)
-NEW = (XenbusState.UNKNOWN, XenbusState.INITIALISING)
-"""States that only the toolstack writes."""
-_FREE_CONNECTS = 8
-_CONNECT_PAUSE_SECONDS = 1.0
 _RETRY_SECONDS = 0.1
 _RETRIES_SECONDS = 10.0
-
-
-class Outcome(enum.Enum):
-    """Why serving a disk ended."""
-
-    VANISHED = "its directory was removed"
-    RENEWED = "the toolstack attached it anew"
-    DETACHED = "the toolstack detached it"
-    STOPPED = "the daemon stops"
-    AGAIN = "XenStore has to be read anew"
-
-
-@attrs.define(eq=False)
-class Pace:
-    """Keeps a guest that connects and closes for ever from keeping the daemon busy."""
-
-    _left: float = _FREE_CONNECTS
-    _last: float = attrs.field(factory=time.monotonic)
-
-    async def wait(self) -> None:
-        now = time.monotonic()
-        refill = (now - self._last) / _CONNECT_PAUSE_SECONDS
-        self._left = min(_FREE_CONNECTS, self._left + refill) - 1
-        self._last = now
-        if self._left < 0:
-            await trio.sleep(-self._left * _CONNECT_PAUSE_SECONDS)
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -68,6 +37,7 @@ class Serving:
     policy: Policy
     diagnostics: Diagnostics
     pace: Pace
+    """Of connects: a guest that connects and closes for ever must not keep the daemon busy."""
     stopping: trio.Event
     """Set once when the daemon is told to stop; the bell is rung too."""
     _retry_until: float | None = attrs.field(default=None, init=False)
@@ -116,8 +86,7 @@ class Serving:
             await self._disconnect()
         elif todo.action is Action.PUBLISH:
             assert todo.next is not None, "features are only published with a state"
-            geometry = self.disk.access.geometry
-            await self.node.publish(own, geometry, self.disk.features, todo.next)
+            await self.node.publish(own, self.disk, todo.next)
             self.bell.ring()
             return None
         if todo.next not in (None, ours):
