@@ -84,12 +84,7 @@ class Decoder:
                     length = count * PAGE_SIZE
                 offset = sector * SECTOR
                 if segments and offset + length <= size and not (offset | length) & misaligned:
-                    write = operation == WRITE
-                    append(
-                        Transfer(
-                            request_id, operation, offset, length, segments, write, False, False
-                        )
-                    )
+                    append(Transfer(request_id, operation, offset, length, segments))
                     continue
             append(self._decode_or_reject(entries, len(requests), request_id))
         return requests
@@ -146,16 +141,7 @@ class Decoder:
             raise BadRequest("write to a read-only disk")
         segments, length = read_segments(grefs, bounds)
         self._check_range(offset, length)
-        return Transfer(
-            request_id,
-            operation,
-            offset,
-            length,
-            segments,
-            operation != READ,
-            operation == WRITE_BARRIER,
-            operation == FLUSH_DISKCACHE,
-        )
+        return Transfer(request_id, operation, offset, length, segments)
 
     def _check_range(self, offset: int, length: int) -> None:
         limits = self.limits

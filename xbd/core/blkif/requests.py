@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import attrs
 
+from xbd.core.blkif.constants import FLUSH_DISKCACHE, READ, WRITE_BARRIER
 from xbd.core.blkif.segments import Segment
 from xbd.core.units import GrantRef
 
@@ -21,10 +22,21 @@ class Transfer:
     offset: int
     length: int
     segments: list[Segment]
-    write: bool
-    barrier: bool
-    flush: bool
-    """Make durable what is finished, before writing this."""
+
+    @property
+    def write(self) -> bool:
+        """From the guest's pages to the disk."""
+        return self.operation != READ
+
+    @property
+    def barrier(self) -> bool:
+        """Wait for everything before it, write, make it durable, hold back what comes after."""
+        return self.operation == WRITE_BARRIER
+
+    @property
+    def flush(self) -> bool:
+        """Make durable what is finished, before writing this."""
+        return self.operation == FLUSH_DISKCACHE
 
 
 @attrs.define(slots=True, eq=False)
