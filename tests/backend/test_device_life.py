@@ -221,10 +221,12 @@ async def test_resume_with_new_keys(world, attached):
     await frontend.connect()
     frontend.drop_ring()
     await frontend.make_ring()
-    await frontend.publish()
-    with trio.fail_after(5):
-        while len(world.said("connect identifier")) < 2:
-            await trio.testing.wait_all_tasks_blocked(0.005)
+    async with world.store.watch(f"{attachment.path}/state") as watch:
+        await watch.changed()
+        await frontend.publish()
+        with trio.fail_after(5):
+            await watch.changed()  # the guest waits for an event, not only for the value
+    assert len(world.said("connect identifier")) == 2
     assert await attachment.key("state") == "4"
     await frontend.write_sector(3, b"s" * 512)
 

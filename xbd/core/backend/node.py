@@ -88,7 +88,13 @@ class Node:
         """Write our state; False: the toolstack was faster."""
         if new is expected:
             return True
+        return await self._write(expected, new)
 
+    async def repeat(self, state: XenbusState) -> bool:
+        """Write the state that is there once more, so that the guest's watch fires."""
+        return await self._write(state, state)
+
+    async def _write(self, expected: XenbusState, new: XenbusState) -> bool:
         async def body(tree: StoreReader) -> None:
             await self._write_state(tree, new)
 

@@ -89,6 +89,8 @@ class Serving:
             await self.node.publish(own, self.disk, todo.next)
             self.bell.ring()
             return None
+        if detached and todo.next is XenbusState.CLOSED:
+            return Outcome.DETACHED  # which closes the disk before the toolstack sees Closed
         if todo.next not in (None, ours):
             # If the toolstack was faster, its own event rings the bell.
             await self.node.switch(ours, todo.next)
@@ -124,6 +126,9 @@ class Serving:
             self.link.look_again(_RETRY_SECONDS)
             return False
         self.diagnostics.connected(frontend, self.disk.describe())
+        if own.state is XenbusState.CONNECTED and theirs is XenbusState.INITIALISED:
+            # The guest waits for a Connected that we have written long ago.
+            await self.node.repeat(XenbusState.CONNECTED)
         return True
 
     def _tried_long_enough(self) -> bool:
