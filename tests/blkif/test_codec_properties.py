@@ -6,6 +6,7 @@ import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from whole_requests import whole_batch
 
 from xbd.core.blkif import (
     ARM,
@@ -60,7 +61,7 @@ def in_bytes(segments):
 
 
 def both_ways(decoder, entry):
-    [batched] = decoder.decode_batch(entry)
+    [batched] = whole_batch(decoder, entry)
     single = decoder.decode(entry)
     assert type(single) is type(batched)
     assert attrs.astuple(single) == attrs.astuple(batched)
@@ -160,7 +161,7 @@ def entry_of(abi, head):
 def test_no_bytes_upset_the_decoder(abi, limits, heads):
     decoder = Decoder(abi, limits)
     entries = [entry_of(abi, head) for head in heads]
-    batch = decoder.decode_batch(b"".join(entries))
+    batch = whole_batch(decoder, b"".join(entries))
     assert len(batch) == len(entries)
     for entry, request in zip(entries, batch, strict=True):
         check(request, limits)

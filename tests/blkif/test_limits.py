@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attrs
 import pytest
+from whole_requests import whole_batch
 
 from xbd.core.blkif import (
     Decoder,
@@ -46,7 +47,7 @@ def refused(decoder, entry, status):
     """Both ways of decoding agree that it is refused, and how; the reason."""
     with pytest.raises(BadRequest if status == constants.RSP_ERROR else Unoffered) as error:
         decoder.decode(entry)
-    [rejected] = decoder.decode_batch(entry)
+    [rejected] = whole_batch(decoder, entry)
     assert isinstance(rejected, Rejected)
     assert (rejected.id, rejected.status) == (77, status)
     assert rejected.reason == str(error.value)
@@ -56,7 +57,7 @@ def refused(decoder, entry, status):
 
 def accepted(decoder, entry):
     """Both ways of decoding agree; the request."""
-    [batched] = decoder.decode_batch(entry)
+    [batched] = whole_batch(decoder, entry)
     single = decoder.decode(entry)
     assert type(batched) is type(single)
     assert attrs.astuple(batched) == attrs.astuple(single)
@@ -382,11 +383,11 @@ def test_a_bad_request_leaves_its_neighbours_alone(abi, make):
         ]
     )
     kinds = [Transfer, Rejected, Transfer, Rejected, Discard, Indirect, Flush]
-    decoded = make().decode_batch(batch)
+    decoded = whole_batch(make(), batch)
     assert [type(request) for request in decoded] == kinds
     assert decoded[0].offset == 4096
     assert decoded[2].segments == [(1, 0, 2048), (2, 2048, 2048)]
 
 
 def test_an_empty_batch(make):
-    assert make().decode_batch(b"") == []
+    assert whole_batch(make(), b"") == []

@@ -6,6 +6,7 @@ import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from whole_requests import whole_batch
 
 from xbd.core.blkif import X86_32, X86_64, BackRing, Decoder, FrontRing, Rejected, Transfer, encode
 from xbd.core.errors import BadRequest
@@ -39,7 +40,7 @@ def test_scribbling_after_the_copy(abi, limits, start):
     ask(abi, front, 20)
     entries = back.take()
     view[:] = b"\xff" * len(view)
-    requests = Decoder(abi, limits).decode_batch(entries)
+    requests = whole_batch(Decoder(abi, limits), entries)
     assert [request.id for request in requests] == list(range(20))
     assert all(isinstance(request, Transfer) for request in requests)
 
@@ -67,7 +68,7 @@ def test_slots_that_change_between_check_and_copy_are_judged_as_copied(abi, limi
         view[64:] = b"\xff" * (len(view) - 64)
 
     back._fence = scribble
-    requests = Decoder(abi, limits).decode_batch(back.take())
+    requests = whole_batch(Decoder(abi, limits), back.take())
     assert all(isinstance(request, Rejected) for request in requests)
 
 

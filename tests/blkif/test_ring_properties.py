@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from whole_requests import whole_batch
 
 from xbd.core.blkif import (
     ARM,
@@ -100,7 +101,7 @@ class World:
             return
         self.back_asleep = self.back_event = False
         entries = self.back.take(1 + self.next(50) if self.next(2) else None)
-        for request in self.decoder.decode_batch(entries):
+        for request in whole_batch(self.decoder, entries):
             self.open.append((request.id, request.operation))
         self.back_asleep = not self.back.final_check()
 

@@ -26,7 +26,7 @@ from xbd.core.blkif.constants import (
     WRITE,
     WRITE_BARRIER,
 )
-from xbd.core.blkif.requests import Discard, Flush, Indirect, Rejected, Request, Transfer
+from xbd.core.blkif.requests import Discard, Flush, Indirect, Rejected, Request, Single, Transfer
 from xbd.core.blkif.segments import SEGMENT, SPANS, read_segments, whole_pages
 from xbd.core.errors import BadRequest, Disposition, GuestError, Unoffered
 from xbd.core.units import PAGE_SIZE, GrantRef
@@ -55,7 +55,7 @@ class Decoder:
         self.abi = abi
         self.limits = limits
 
-    def decode_batch(self, entries: bytes) -> list[Request | Rejected]:
+    def decode_batch(self, entries: bytes) -> list[Single | Request | Rejected]:
         """Decode slots that lie one after the other; those that are wrong become `Rejected`.
 
         READs and WRITEs of one segment or of whole pages, which is nearly all that guests send,
@@ -66,26 +66,27 @@ class Decoder:
         size = limits.size
         misaligned = limits.logical_block - 1
         last_permitted = READ if limits.read_only else WRITE
-        requests: list[Request | Rejected] = []
+        requests: list[Single | Request | Rejected] = []
         append = requests.append
         find_span = SPANS.get
         for operation, count, request_id, sector, gref, bounds in abi.head.iter_unpack(entries):
             if operation <= last_permitted:
-                segments = None
+                offset = sector * SECTOR
                 if count == 1:
                     span = find_span(bounds)
                     if span:
                         start, length = span
-                        segments = [(gref, start, length)]
+                        if offset + length <= size and not (offset | length) & misaligned:
+                            append((request_id, operation, offset, length, gref, start))
+                            continue
                 elif 0 < count <= MAX_SEGMENTS:
                     at = len(requests) * abi.request_size + abi.segments_offset
                     flat = abi.segments[count].unpack_from(entries, at)
                     segments = whole_pages(flat[::2], flat[1::2])
                     length = count * PAGE_SIZE
-                offset = sector * SECTOR
-                if segments and offset + length <= size and not (offset | length) & misaligned:
-                    append(Transfer(request_id, operation, offset, length, segments))
-                    continue
+                    if segments and offset + length <= size and not (offset | length) & misaligned:
+                        append(Transfer(request_id, operation, offset, length, segments))
+                        continue
             append(self._decode_or_reject(entries, len(requests), request_id))
         return requests
 

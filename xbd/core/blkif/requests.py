@@ -39,6 +39,11 @@ class Transfer:
         return self.operation == FLUSH_DISKCACHE
 
 
+Single = tuple[int, int, int, int, GrantRef, int]
+"""A READ or WRITE of one segment: id, operation, offset, length, grant reference, start in the
+page.  Most requests are that, and nothing is made faster than a tuple."""
+
+
 @attrs.define(slots=True, eq=False)
 class Flush:
     """FLUSH_DISKCACHE, or a WRITE_BARRIER, without data."""
@@ -81,3 +86,11 @@ class Rejected:
 
 
 Request = Transfer | Flush | Discard | Indirect
+
+
+def whole(request: Single | Request | Rejected) -> Request | Rejected:
+    """The same request as an object."""
+    if not isinstance(request, tuple):
+        return request
+    request_id, operation, offset, length, gref, start = request
+    return Transfer(request_id, operation, offset, length, [(gref, start, length)])

@@ -9,9 +9,9 @@ from __future__ import annotations
 import fcntl
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterator
 
-from xbd.core.blkif import Rejected, Request, Transfer, constants
+from xbd.core.blkif import Rejected, Request, Single, Transfer, constants
 from xbd.core.datapath.config import DiskStats
 from xbd.core.datapath.extents import ExtentCache
 from xbd.core.datapath.pages import GuestPages
@@ -20,7 +20,7 @@ from xbd.core.units import PAGE_SIZE
 INLINE_BYTES = 128 * 1024
 """Longer reads would keep the other rings waiting."""
 
-Item = tuple[int, Request | Rejected]
+Item = tuple[int, Single | Request | Rejected]
 """A journal slot and its request."""
 Answer = tuple[int, int, int, int]
 """A journal slot, and the id, operation and status of its response."""
@@ -45,7 +45,7 @@ class CachedReads:
             self._cached[fd] = cached
             self.useful = self.useful or cached
 
-    def serve(self, items: Iterable[Item], rest: deque[Item]) -> list[Answer]:
+    def serve(self, items: Iterator[Item], rest: deque[Item]) -> list[Answer]:
         """Do what can be done now; its answers.  Everything else goes to `rest`."""
         answers: list[Answer] = []
         start, end, fd, delta = self._extents.hot[0]
@@ -54,37 +54,55 @@ class CachedReads:
             return answers
         find_page = self._pages.resident.get
         batch = self._pages.batch
-        preadv, nowait, okay = os.preadv, os.RWF_NOWAIT, constants.RSP_OKAY
-        count = size = 0
-        barrier = False
+        preadv, nowait, okay, read = os.preadv, os.RWF_NOWAIT, constants.RSP_OKAY, constants.READ
+        append = answers.append
+        size = 0
         for item in items:
             slot, request = item
-            if type(request) is Transfer and request.operation == constants.READ and not barrier:
-                offset = request.offset
-                length = request.length
-                if start <= offset and offset + length <= end and length <= INLINE_BYTES:
+            if isinstance(request, tuple):
+                request_id, operation, offset, length, gref, first = request
+                page = find_page(gref)
+                if operation == read and page and offset >= start and offset + length <= end:
+                    page.used = batch
+                    view = page.view if length == PAGE_SIZE else page.view[first : first + length]
+                    buffers = [view]
+                else:
                     buffers = []
-                    for ref, first, part in request.segments:
-                        page = find_page(ref)
-                        if page is None:
-                            break
-                        page.used = batch
-                        view = page.view
-                        buffers.append(view if part == PAGE_SIZE else view[first : first + part])
-                    else:
-                        try:
-                            if preadv(fd, buffers, offset + delta, nowait) == length:
-                                answers.append((slot, request.id, request.operation, okay))
-                                count += 1
-                                size += length
-                                continue
-                        except BlockingIOError:
-                            pass  # not in the page cache: the engine reads it
-                        except OSError:
-                            self._cached[fd] = False  # this file can't be asked that way
-            # What is behind a barrier stays behind it; everything else has no order.
-            barrier = barrier or request.operation == constants.WRITE_BARRIER
+            elif isinstance(request, Transfer) and request.operation == read:
+                request_id, operation, length = request.id, read, request.length
+                offset = request.offset
+                buffers = []
+                if offset >= start and offset + length <= end and length <= INLINE_BYTES:
+                    buffers = self._resident(request)
+            else:
+                # What is behind a barrier stays behind it; nothing else has an order.
+                rest.append(item)
+                if request.operation == constants.WRITE_BARRIER:
+                    rest.extend(items)
+                    break
+                continue
+            try:
+                if buffers and preadv(fd, buffers, offset + delta, nowait) == length:
+                    append((slot, request_id, operation, okay))
+                    size += length
+                    continue
+            except BlockingIOError:
+                pass  # not in the page cache: the engine reads it
+            except OSError:
+                self._cached[fd] = False  # this file can't be asked that way
             rest.append(item)
-        self._stats.rd_req += count
+        self._stats.rd_req += len(answers)
         self._stats.rd_bytes += size
         return answers
+
+    def _resident(self, request: Transfer) -> list[memoryview]:
+        """The request's memory; nothing if some of its pages are not mapped."""
+        find_page = self._pages.resident.get
+        buffers = []
+        for ref, first, size in request.segments:
+            page = find_page(ref)
+            if page is None:
+                return []
+            page.used = self._pages.batch
+            buffers.append(page.view if size == PAGE_SIZE else page.view[first : first + size])
+        return buffers

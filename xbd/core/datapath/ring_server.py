@@ -27,8 +27,10 @@ from xbd.core.blkif import (
     Indirect,
     Rejected,
     Request,
+    Single,
     Transfer,
     constants,
+    whole,
 )
 from xbd.core.datapath.cached_reads import Answer, CachedReads, Item
 from xbd.core.datapath.config import DiskStats
@@ -158,7 +160,8 @@ class RingServer:
         failed: list[tuple[int, Rejected]] = []
         works: list[Work] = []
         while backlog and not self._barrier:
-            slot, request = backlog.popleft()
+            slot, waiting = backlog.popleft()
+            request = whole(waiting)
             if type(request) is Indirect:
                 request = self._expand(request)
             if self._is_barrier(request) and not self._take_barrier(works):
@@ -186,7 +189,7 @@ class RingServer:
         if failed:
             self._refuse(failed)
 
-    def _is_barrier(self, request: Request | Rejected) -> bool:
+    def _is_barrier(self, request: Single | Request | Rejected) -> bool:
         return (type(request) is Flush and request.operation == constants.WRITE_BARRIER) or (
             type(request) is Transfer and request.barrier
         )
