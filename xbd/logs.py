@@ -25,7 +25,7 @@ def setup_logs(
     """Send structlog's and the standard library's events to `stream` (stderr)."""
     stream = stream or sys.stderr
     threshold = getattr(logging, level.upper())
-    to_journal = "JOURNAL_STREAM" in os.environ
+    to_journal = _is_journal(stream)
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -57,6 +57,15 @@ def setup_logs(
         )
     )
     logging.basicConfig(level=threshold, handlers=[handler], force=True)
+
+
+def _is_journal(stream: TextIO) -> bool:
+    """Whether journald reads it: systemd.exec(5) on JOURNAL_STREAM."""
+    try:
+        status = os.fstat(stream.fileno())
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 def _sentence(event: MutableMapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 
 import pytest
 import structlog
@@ -35,11 +36,21 @@ def test_fields_follow_the_text(stream):
     assert stream.getvalue().endswith("warning: guest gone domain=3\n")
 
 
-def test_journald_gets_priorities(stream, monkeypatch):
+def test_journald_gets_priorities(stream, monkeypatch, tmp_path):
+    with (tmp_path / "journal").open("w+") as journal:
+        status = os.fstat(journal.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
+        setup_logs("info", "text", stream=journal)
+        structlog.get_logger().error("no good", device="d")
+        journal.seek(0)
+        assert journal.read() == "<3>d: no good\n"
+
+
+def test_journald_of_somebody_else(stream, monkeypatch):
     monkeypatch.setenv("JOURNAL_STREAM", "8:1")
     setup_logs("info", "text", stream=stream)
-    structlog.get_logger().error("no good", device="d")
-    assert stream.getvalue() == "<3>d: no good\n"
+    structlog.get_logger().error("no good")
+    assert stream.getvalue().endswith(" error: no good\n")
 
 
 def test_json(stream):
