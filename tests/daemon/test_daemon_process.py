@@ -66,7 +66,7 @@ async def test_serve_a_disk_list_it_and_stop(directory, image):
                 await disk.write(4096, b"x" * 8192)
                 assert await disk.read(4096, 8192) == b"x" * 8192
                 (device,) = await ask(directory / "control.sock", "list")
-                code, table, _ = await run("list", "--embedded", directory, COLUMNS=300)
+                code, table, _ = await run("list", "--embedded", directory)
                 assert code == 0
                 code, text, _ = await run("list", "--embedded", directory, "--json")
                 assert code == 0

@@ -38,6 +38,11 @@ def test_a_connected_disk():
         assert cell in text
 
 
+def test_empty_columns_are_left_out():
+    assert "last error" not in text_of([DEVICE])
+    assert "last error" in text_of([DEVICE, DEVICE | {"last_error": "storage is gone"}])
+
+
 def test_names_are_only_text():
     text = text_of([DEVICE])
     assert "[bold]evil\\x1b[2J.qcow2" in text

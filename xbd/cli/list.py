@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from rich.text import Text
 
 from xbd.core.control import DEFAULT_SOCKET, SOCKET_NAME
 
+_NOTHING = "-"
+_PIPE_WIDTH = 1000
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -41,19 +44,22 @@ def list_(socket: Path | None, embedded: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(devices, indent=2))
     elif devices:
-        console = Console()
+        # A pipe has no width: nothing is folded there.
+        console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
         console.print(device_table(devices))
     else:
         click.echo("No disks.")
 
 
 def device_table(devices: Sequence[dict[str, Any]]) -> Table:
-    """The answer to the control command ``list``, for people."""
+    """The answer to the control command ``list``, for people; without columns that are empty."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name, right in _COLUMNS:
+    rows = [_row(device) for device in devices]
+    used = [i for i in range(len(_COLUMNS)) if any(row[i] != _NOTHING for row in rows)]
+    for name, right in (_COLUMNS[i] for i in used):
         table.add_column(name, justify="right" if right else "left", overflow="fold")
-    for device in devices:
-        table.add_row(*(Text(cell) for cell in _row(device)))
+    for row in rows:
+        table.add_row(*(Text(row[i]) for i in used))
     return table
 
 
@@ -98,7 +104,7 @@ def _row(device: dict[str, Any]) -> list[str]:
         str(stats["errors"]),
         device["last_error"],
     )
-    return ["-" if cell is None else _printable(cell) for cell in cells]
+    return [_NOTHING if cell is None else _printable(cell) for cell in cells]
 
 
 def human_size(size: int | None) -> str | None:
