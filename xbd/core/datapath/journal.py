@@ -47,7 +47,6 @@ from xbd.core.units import PAGE_SIZE
 MAGIC: Final = b"XBDJRNL1"
 VALID: Final = 1 << 32
 ANSWERING: Final = 2 << 32
-_LAST_ANSWERING: Final = ANSWERING | 0xFFFFFFFF
 _HEADER: Final = struct.Struct("=8s4I6I16s36s")
 _REFS_OFFSET: Final = 128
 _IN_USE: Final = 1
@@ -123,20 +122,15 @@ class Journal:
         """Copy consumed requests, the first of them at ring index `first`; their slots."""
         size = self._size
         count = len(entries) // size
-        start = first & (self._entries - 1)
-        end = start + count
-        if end > self._entries:
-            before = (self._entries - start) * size
-            behind = (first + self._entries - start) & 0xFFFFFFFF
-            return [*self.record(first, entries[:before]), *self.record(behind, entries[before:])]
-        self._open += count
-        if self._busy.find(1, start, end) < 0:
+        if not self._open:  # nearly always, and then there is no end to wrap around
             ones, valid = self._run(count)
-            self._copies[start * size : end * size] = entries
-            self._indices[start:end] = array("I", _wrapping(first, count))
-            self._marks[start:end] = valid
-            self._busy[start:end] = ones
-            return range(start, end)
+            self._open = count
+            self._copies[: count * size] = entries
+            self._indices[:count] = array("I", _wrapping(first, count))
+            self._marks[:count] = valid
+            self._busy[:count] = ones
+            return range(count)
+        self._open += count
         return [
             self._record_one((first + i) & 0xFFFFFFFF, entries[i * size : (i + 1) * size])
             for i in range(count)
@@ -161,10 +155,8 @@ class Journal:
     def answering(self, slots: Sequence[int], first: int) -> None:
         """These requests are done; their responses will be written from index `first` on."""
         marks = self._marks
-        mark = ANSWERING | first
-        for slot in slots:
-            marks[slot] = mark
-            mark = mark + 1 if mark != _LAST_ANSWERING else ANSWERING
+        for at, slot in enumerate(slots, first):
+            marks[slot] = ANSWERING | (at & 0xFFFFFFFF)
 
     def clear(self, slots: Sequence[int]) -> None:
         """The responses are published."""
