@@ -57,8 +57,7 @@ class CachedReads:
         preadv, nowait, okay, read = os.preadv, os.RWF_NOWAIT, constants.RSP_OKAY, constants.READ
         append = answers.append
         size = 0
-        for item in items:
-            slot, request = item
+        for slot, request in items:
             if isinstance(request, tuple):
                 request_id, operation, offset, length, gref, first = request
                 page = find_page(gref)
@@ -76,7 +75,7 @@ class CachedReads:
                     buffers = self._resident(request)
             else:
                 # What is behind a barrier stays behind it; nothing else has an order.
-                rest.append(item)
+                rest.append((slot, request))
                 if request.operation == constants.WRITE_BARRIER:
                     rest.extend(items)
                     break
@@ -90,7 +89,7 @@ class CachedReads:
                 pass  # not in the page cache: the engine reads it
             except OSError:
                 self._cached[fd] = False  # this file can't be asked that way
-            rest.append(item)
+            rest.append((slot, request))
         self._stats.rd_req += len(answers)
         self._stats.rd_bytes += size
         return answers

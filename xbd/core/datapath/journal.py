@@ -155,6 +155,10 @@ class Journal:
     def answering(self, slots: Sequence[int], first: int) -> None:
         """These requests are done; their responses will be written from index `first` on."""
         marks = self._marks
+        if isinstance(slots, range) and first + len(slots) <= 1 << 32:
+            mark = ANSWERING | first
+            marks[slots.start : slots.stop] = array("Q", range(mark, mark + len(slots)))
+            return
         for at, slot in enumerate(slots, first):
             marks[slot] = ANSWERING | (at & 0xFFFFFFFF)
 

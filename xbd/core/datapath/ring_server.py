@@ -117,7 +117,7 @@ class RingServer:
         if self._cached.useful and not self._backlog and not self._barrier:
             answers = self._cached.serve(items, self._backlog)
             if answers:
-                self._publish(answers)
+                self._publish(answers, slots if len(answers) == len(slots) else None)
         else:
             self._backlog.extend(items)
         if self._backlog:
@@ -335,10 +335,13 @@ class RingServer:
                 stats.errors += 1
         self._publish(answers)
 
-    def _publish(self, answers: Sequence[Answer]) -> None:
-        """Answer, each slot's request once, then go on with what waited for it."""
+    def _publish(self, answers: Sequence[Answer], slots: Sequence[int] | None = None) -> None:
+        """Answer, each slot's request once, then go on with what waited for it.
+
+        `slots`: those of the answers, in order, where the caller has them at hand.
+        """
         ring = self.ring
-        slots = [answer[0] for answer in answers]
+        slots = slots or [answer[0] for answer in answers]
         self.journal.answering(slots, ring.rsp_prod_pvt)
         ring.answer_many(answers)
         if ring.push():
