@@ -223,7 +223,7 @@ async def use_disk(
             if not await toolstack.detach(domid, line):
                 raise DemoFailed(f"{disk.title}: the backend did not let go of the disk")
         finally:
-            with trio.CancelScope(shield=True):
+            with trio.move_on_after(STOP_SECONDS, shield=True):
                 await toolstack.destroy_domain(domid)
     result.wrong += await trio.to_thread.run_sync(_compare_image, disk, number)
     return result

@@ -18,6 +18,7 @@ from xbd.core.errors import StoreLost, StoreUnavailable
 from xbd.core.units import Domid
 from xbd.core.xenstore.client import StoreClient
 from xbd.core.xenstore.places import default_store_path, unavailable
+from xbd.core.xenstore.server import EmbeddedXenStore
 
 WITHIN_S = 15
 
@@ -299,3 +300,17 @@ async def test_released_domain_loses_its_connection(server):
                 await dom0.release(Domid(3))
                 with pytest.raises(StoreLost):
                     await until_lost(guest)
+
+
+async def test_a_cancelled_caller_can_still_tidy_up(tmp_path):
+    async with EmbeddedXenStore.serve(tmp_path) as server:
+        with trio.move_on_after(0.05) as scope:
+            async with StoreClient.connect(server.path) as store:
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    with trio.CancelScope(shield=True), trio.fail_after(5):
+                        await store.write("/tool/tidy", "done")
+        assert scope.cancelled_caught
+        async with StoreClient.connect(server.path) as store:
+            assert await store.read("/tool/tidy") == "done"

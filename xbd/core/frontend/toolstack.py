@@ -8,12 +8,13 @@ block-xbd does: it looks whether the disk was opened and tells the backend to go
 from __future__ import annotations
 
 import uuid
+from contextlib import suppress
 
 import attrs
 import trio
 
 from xbd.core.blkif import XenbusState
-from xbd.core.errors import ConfigError
+from xbd.core.errors import ConfigError, StoreError
 from xbd.core.units import Domid
 from xbd.core.xenstore import StoreReader
 from xbd.core.xenstore.client import StoreClient
@@ -79,7 +80,8 @@ class Toolstack:
 
     async def destroy_domain(self, domid: Domid) -> None:
         """The domain is gone: release it, then remove what was its own, backends' sides too."""
-        await self._store.release(domid)
+        with suppress(StoreError):  # the daemon releases a domain when its process ends
+            await self._store.release(domid)
         for kind in ("vbd3", "vbd"):
             await self._store.remove(f"/local/domain/0/backend/{kind}/{domid}")
         await self._store.remove(f"/local/domain/{domid}")

@@ -46,14 +46,15 @@ class StoreClient(Calls, Store):
     def __init__(
         self,
         path: Path,
-        nursery: trio.Nursery,
         *,
         answer_within_s: float,
         probe_after_s: float,
         patience_s: float | None,
     ) -> None:
         self.path = path
-        self._nursery = nursery
+        self._nursery: trio.Nursery
+        # Shielded: whoever is cancelled still has something to write down on the way out.
+        self._life = trio.CancelScope(shield=True)
         self._answer_within_s = answer_within_s
         self._probe_after_s = probe_after_s
         self._patience_s = patience_s
@@ -86,20 +87,20 @@ class StoreClient(Calls, Store):
         async with trio.open_nursery() as nursery:
             store = cls(
                 path or default_store_path(),
-                nursery,
                 answer_within_s=answer_within_s,
                 probe_after_s=probe_after_s,
                 patience_s=patience_s,
             )
+            await nursery.start(store._live)
             try:
-                nursery.start_soon(store._keep_connected, await store._first_link())
+                store._nursery.start_soon(store._keep_connected, await store._first_link())
                 yield store
             except Exception as error:
                 # Kept out of the nursery, which would wrap it in a group.
                 failure = error
             finally:
                 store._close(StoreLost("this XenStore client was closed"))
-                nursery.cancel_scope.cancel()
+                store._life.cancel()
         if failure is not None:
             raise failure
 
@@ -174,6 +175,13 @@ class StoreClient(Calls, Store):
         return self._link
 
     # Connecting
+
+    async def _live(self, task_status: trio.TaskStatus[None]) -> None:
+        with self._life:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                task_status.started()
+                await trio.sleep_forever()
 
     async def _first_link(self) -> Link:
         try:
