@@ -122,18 +122,19 @@ class Connection:
 
     def _release(self) -> None:
         """Nothing runs any more.  What the kernel still works on stays mapped, on purpose."""
-        if self._engine.in_flight:
+        with ExitStack() as stack:  # whatever fails on the way, nobody waits for ever
+            stack.callback(self._released.set)
+            stack.push(self._resources)
+            stack.callback(self._engine.close)
+            if not self._engine.in_flight:
+                for server in self._servers:
+                    stack.callback(server.release)
+                return
             _log.error(
                 "storage does not answer; its memory stays mapped",
                 device=self._parts.name,
                 requests=self._engine.in_flight,
             )
-        else:
-            for server in self._servers:
-                server.release()
-        self._engine.close()
-        self._resources.close()
-        self._released.set()
 
     @property
     def in_flight(self) -> int:

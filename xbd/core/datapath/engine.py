@@ -26,7 +26,7 @@ _log = structlog.get_logger()
 
 URING_ENTRIES = 256
 MAX_SEGMENTS = 256
-"""Segments of the longest request: what a backend offers at most."""
+"""Segments of the longest request that an engine takes; longer ones are for the driver."""
 _IOVEC_BYTES = 16
 SUBMIT_ATTEMPTS = 10_000
 CLOSE_SECONDS = 30.0
@@ -39,6 +39,8 @@ class IoEngine(abc.ABC):
     """Moves the bytes of works between guest pages and host files."""
 
     name: str
+    closing: bool = False
+    """Set when `run` ends: what is started now is never finished."""
 
     @abc.abstractmethod
     def start(self, owner: WorkOwner, work: Work, fd: int, offset: int) -> None:
@@ -157,6 +159,7 @@ class UringEngine(IoEngine):
                 await trio.lowlevel.wait_readable(self._uring.fd)
                 self.reap()
         finally:
+            self.closing = True
             with trio.move_on_after(CLOSE_SECONDS, shield=True):
                 while self.in_flight:
                     await trio.lowlevel.wait_readable(self._uring.fd)
@@ -206,6 +209,7 @@ class ThreadEngine(IoEngine):
                     await self._wake.wait()
                     self._spread(nursery)
             finally:
+                self.closing = True
                 self._spread(nursery)
 
     def _spread(self, nursery: trio.Nursery) -> None:

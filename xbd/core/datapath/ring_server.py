@@ -34,7 +34,7 @@ from xbd.core.blkif import (
 )
 from xbd.core.datapath.cached_reads import Answer, CachedReads, Item
 from xbd.core.datapath.config import DiskStats
-from xbd.core.datapath.engine import IoEngine
+from xbd.core.datapath.engine import MAX_SEGMENTS, IoEngine
 from xbd.core.datapath.extents import Entry, ExtentCache
 from xbd.core.datapath.journal import Journal
 from xbd.core.datapath.pages import GuestPages, Work
@@ -76,6 +76,8 @@ class RingServer:
     """Requests that wait: for memory, or behind a barrier."""
     _barrier: bool = attrs.field(default=False, init=False)
     """Whether a barrier is under way."""
+    _advancing: bool = attrs.field(default=False, init=False)
+    _again: bool = attrs.field(default=False, init=False)
     _quiet: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot, init=False)
     """Where those sleep who wait for answers to leave."""
     _cached: CachedReads = attrs.field(init=False)
@@ -153,7 +155,23 @@ class RingServer:
     # -- requests out -----------------------------------------------------------------------
 
     def _advance(self) -> None:
-        """Set off waiting requests, as far as they can go now."""
+        """Set off waiting requests, as far as they can go now.
+
+        What ends at once comes back here.  It is only noted then, and the loop goes on: a guest
+        decides how many such rounds there are, and the stack must not grow with them.
+        """
+        self._again = True
+        if self._advancing:
+            return
+        self._advancing = True
+        try:
+            while self._again and self._backlog and not self.engine.closing:
+                self._again = False
+                self._set_off()
+        finally:
+            self._advancing = False
+
+    def _set_off(self) -> None:
         backlog = self._backlog
         if backlog and self._open and self._is_barrier(backlog[0][1]):
             return
@@ -214,7 +232,7 @@ class RingServer:
                 continue
             request = work.request
             found = None
-            if not (request.barrier or request.flush) and self._aligned(work):
+            if not (request.barrier or request.flush) and self._fits(work):
                 found = self._find(request)
             if found is None:
                 self.nursery.start_soon(self._upcall, work)
@@ -238,9 +256,12 @@ class RingServer:
             self._cached.learn(found[2])
         return found
 
-    def _aligned(self, work: Work) -> bool:
-        """Whether the host takes the transfer as it is."""
-        if (work.request.offset | work.request.length) % self._alignment:
+    def _fits(self, work: Work) -> bool:
+        """Whether the engine and the host take the transfer as it is."""
+        if (
+            len(work.parts) > MAX_SEGMENTS
+            or (work.request.offset | work.request.length) % self._alignment
+        ):
             return False
         if self._memory_alignment <= constants.SECTOR:
             return True
@@ -372,6 +393,8 @@ class RingServer:
     def release(self) -> None:
         """Give the guest's pages back.  Only when nothing runs and the engine is idle."""
         works = [work for work in self._open.values() if isinstance(work, Work)]
+        for work in works:
+            work.status = _ERROR  # nobody knows what was read: deliver nothing
         self.pages.finish(works)
         self.pages.close()
         self._open.clear()

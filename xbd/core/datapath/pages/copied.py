@@ -26,10 +26,9 @@ class CopiedPages(GuestPages):
         self.batch = 0
         self._hypervisor = hypervisor
         self._domid = domid
-        self._memory = mmap.mmap(-1, pages * PAGE_SIZE)
-        self._view = memoryview(self._memory)
-        self._anchor = ctypes.c_char.from_buffer(self._memory)
-        self._address = ctypes.addressof(self._anchor)
+        memory = mmap.mmap(-1, pages * PAGE_SIZE)
+        self._view = memoryview(memory)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         self._free = list(range(pages - 1, -1, -1))
 
     def attach(self, slot: int, request: Transfer) -> Work | None:
@@ -93,8 +92,5 @@ class CopiedPages(GuestPages):
         return [bytes(copy) for copy in copies]
 
     def close(self) -> None:
-        """Free the bounce memory, unless abandoned I/O may still use it."""
-        if len(self._free) * PAGE_SIZE == len(self._view):
-            del self._anchor
-            self._view.release()
-            self._memory.close()
+        """Let go of the bounce memory: it goes with the last buffer that anybody has of it."""
+        self._view.release()
