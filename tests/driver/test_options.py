@@ -26,7 +26,7 @@ from xbd.core.driver.options import check_options_class, describe_options
 
 @attrs.frozen(kw_only=True)
 class Options:
-    path: Path = option(absolute_path, help="the image")  # noqa: RUF009
+    path: Path = option(absolute_path, help="the image")
     read_ahead: int | None = option(size, default=None, help="bytes to read ahead")
     direct: bool = option(boolean, default=True, help="bypass the page cache")
     mode: str = option(choice("fast", "safe"), default="safe", help="how")
@@ -123,7 +123,7 @@ def test_descriptions() -> None:
 def test_classes_that_are_not_fit() -> None:
     @attrs.define
     class Thawed:
-        path: Path = option(absolute_path, help="x")  # noqa: RUF009
+        path: Path = option(absolute_path, help="x")
 
     @attrs.frozen
     class Plain:

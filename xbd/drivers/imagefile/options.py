@@ -14,7 +14,7 @@ from xbd.core.hostio.hostfile import CACHE_NONE, CACHE_WRITEBACK
 class ImagefileOptions:
     """What can be said about an image file."""
 
-    path: Path = option(absolute_path, help="the image; it must exist")  # noqa: RUF009
+    path: Path = option(absolute_path, help="the image; it must exist")
     cache: str | None = option(
         choice(CACHE_NONE, CACHE_WRITEBACK),
         default=None,

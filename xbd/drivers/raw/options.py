@@ -14,7 +14,7 @@ from xbd.core.hostio.hostfile import CACHE_NONE, CACHE_WRITEBACK
 class RawOptions:
     """What can be said about a block device."""
 
-    path: Path = option(absolute_path, help="the block device, for example /dev/vg0/guest1")  # noqa: RUF009
+    path: Path = option(absolute_path, help="the block device, for example /dev/vg0/guest1")
     cache: str = option(
         choice(CACHE_NONE, CACHE_WRITEBACK),
         default=CACHE_NONE,
