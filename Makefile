@@ -1,0 +1,65 @@
+# make run       the demonstration: guests, disks and a daemon, without Xen
+# make test      the test suite                     PYTEST_ARGS="tests/blkif -x" runs a part
+# make lint      ruff and mypy, and shellcheck where it is installed
+# make test-xen  the tests on a real Xen, emulated  XEN_ARGS="--suite bookworm 10 20" (see tests/xen/run)
+# make bench     measurements beside QEMU's         BENCH_ARGS="..." (see bench/README.md)
+# make clean     remove what these have made, .venv too
+#
+# All of them make .venv first, with PYTHON (python3), and again when pyproject.toml has changed.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/made-from
+PYTEST_ARGS ?=
+XEN_ARGS ?=
+BENCH_ARGS ?=
+SHELL_SCRIPTS := .ci/run scripts/block-xbd tests/xen/lab tests/xen/image/build.sh tests/xen/image/dom0-init \
+	tests/xen/image/dom0-initramfs-init tests/xen/image/guest-init tests/xen/dom0/main tests/xen/dom0/case \
+	tests/xen/dom0/lib.sh tests/xen/dom0/block-lab
+
+.PHONY: run test lint test-xen bench clean
+
+run: $(STAMP)
+	@$(BIN)/xbd demo
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	if command -v shellcheck >/dev/null; then
+		shellcheck -x -P SCRIPTDIR $(SHELL_SCRIPTS)
+		shellcheck -s sh -e SC2154,SC2034,SC2164 tests/xen/cases/*.sh   # sourced with set -e, after dom0/lib.sh
+	fi
+
+test-xen: $(STAMP)
+	@missing=$$(tests/xen/lab needs | xargs)
+	[ -z "$$missing" ] || { echo "make: the lab needs, from Debian: apt-get install --no-install-recommends $$missing" >&2; exit 1; }
+	$(BIN)/python tests/xen/run $(XEN_ARGS)
+
+bench: $(STAMP)
+	@command -v gcc >/dev/null || { echo "make: the measurements need a C compiler, from Debian: apt-get install gcc libc6-dev" >&2; exit 1; }
+	$(BIN)/python bench/run.py $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf bench/build bench/results tests/xen/results
+	find xbd tests bench -name __pycache__ -type d -exec rm -rf {} +
+
+# The environment is as good as its stamp: a half-made one has none, and is completed.
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON); xbd needs Python 3.11 or newer, from Debian: apt-get install python3 python3-venv" >&2; exit 1; }
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: xbd needs Python 3.11 or newer; choose one with PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) has no venv; from Debian: apt-get install python3-venv" >&2; exit 1; }
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+	touch $@
