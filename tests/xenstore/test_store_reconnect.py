@@ -314,3 +314,20 @@ async def test_a_cancelled_caller_can_still_tidy_up(tmp_path):
         assert scope.cancelled_caught
         async with StoreClient.connect(server.path) as store:
             assert await store.read("/tool/tidy") == "done"
+
+
+async def test_a_client_that_is_cancelled_while_it_connects_ends(tmp_path):
+    async with EmbeddedXenStore.serve(tmp_path) as server:
+        for steps in range(12):
+            with trio.fail_after(5), trio.CancelScope() as scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_cancel_after, steps, scope)
+                    async with StoreClient.connect(server.path):
+                        await trio.sleep_forever()
+            assert scope.cancelled_caught
+
+
+async def _cancel_after(steps, scope):
+    for _ in range(steps):
+        await trio.lowlevel.checkpoint()
+    scope.cancel()

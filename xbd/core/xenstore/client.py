@@ -91,8 +91,8 @@ class StoreClient(Calls, Store):
                 probe_after_s=probe_after_s,
                 patience_s=patience_s,
             )
-            await nursery.start(store._live)
             try:
+                await nursery.start(store._live)
                 store._nursery.start_soon(store._keep_connected, await store._first_link())
                 yield store
             except Exception as error:
