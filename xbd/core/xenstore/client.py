@@ -55,6 +55,7 @@ class StoreClient(Calls, Store):
         self._nursery: trio.Nursery
         # Shielded: whoever is cancelled still has something to write down on the way out.
         self._life = trio.CancelScope(shield=True)
+        self._alive = trio.Event()
         self._answer_within_s = answer_within_s
         self._probe_after_s = probe_after_s
         self._patience_s = patience_s
@@ -91,8 +92,10 @@ class StoreClient(Calls, Store):
                 probe_after_s=probe_after_s,
                 patience_s=patience_s,
             )
+            # Not `nursery.start`: cancelled meanwhile, it would wait for a shielded task for ever.
+            nursery.start_soon(store._live)
             try:
-                await nursery.start(store._live)
+                await store._alive.wait()
                 store._nursery.start_soon(store._keep_connected, await store._first_link())
                 yield store
             except Exception as error:
@@ -176,11 +179,11 @@ class StoreClient(Calls, Store):
 
     # Connecting
 
-    async def _live(self, task_status: trio.TaskStatus[None]) -> None:
+    async def _live(self) -> None:
         with self._life:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                task_status.started()
+                self._alive.set()
                 await trio.sleep_forever()
 
     async def _first_link(self) -> Link:
