@@ -254,10 +254,14 @@ class Battlefield:
         connect: bool = True,
         journal_dir: Path | None = None,
         guest: GuestDomain | None = None,
+        alone: bool = True,
         may_fail: type[BaseException] | tuple = RingCorrupt,
     ):
-        """An attacker, connected unless told otherwise; whatever it does must end in `may_fail`
-        at worst, and leave nothing behind."""
+        """An attacker, connected unless told otherwise.
+
+        Whatever it does must end in `may_fail` at worst, and leave nothing behind; where others
+        are about (`alone` False) that can't be told.
+        """
         device = device or MemoryDevice(size, writable=not read_only)
 
         @asynccontextmanager
@@ -306,7 +310,9 @@ class Battlefield:
                     ring.release()
         if link.failure is not None and not isinstance(link.failure, may_fail):
             raise link.failure
-        self.nothing_is_left()
+        assert not link.connected
+        if alone:
+            self.nothing_is_left()
 
 
 @asynccontextmanager

@@ -20,6 +20,9 @@ from xbd.core.units import PAGE_SIZE
 INLINE_BYTES = 128 * 1024
 """Longer reads would keep the other rings waiting."""
 
+TURN_BYTES = 8 << 20
+"""So do many of them: the rest of the batch goes the ordinary way."""
+
 Item = tuple[int, Single | Request | Rejected]
 """A journal slot and its request."""
 Answer = tuple[int, int, int, int]
@@ -72,7 +75,7 @@ class CachedReads:
                 offset = request.offset
                 buffers = []
                 if offset >= start and offset + length <= end and length <= INLINE_BYTES:
-                    buffers = self._resident(request)
+                    buffers = self._resident(request) if size < TURN_BYTES else []
             else:
                 # What is behind a barrier stays behind it; nothing else has an order.
                 rest.append((slot, request))

@@ -45,6 +45,8 @@ from xbd.core.ratelimit import RateLimit
 
 _log = structlog.get_logger()
 
+TURN_SEGMENTS = 2048
+"""What one ring sets off before the others have their turn: 8 MiB if all segments are pages."""
 SPURIOUS_EVENTS = 16
 """Wake-ups in a row without work before the ring backs off."""
 MAX_BACK_OFF_SECONDS = 0.02
@@ -78,6 +80,10 @@ class RingServer:
     """Whether a barrier is under way."""
     _advancing: bool = attrs.field(default=False, init=False)
     _again: bool = attrs.field(default=False, init=False)
+    _turn: int = attrs.field(default=TURN_SEGMENTS, init=False)
+    """What is left of it, in segments."""
+    _resting: bool = attrs.field(default=False, init=False)
+    """Whether the others have their turn just now."""
     _quiet: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot, init=False)
     """Where those sleep who wait for answers to leave."""
     _cached: CachedReads = attrs.field(init=False)
@@ -98,11 +104,13 @@ class RingServer:
         self.channel.notify()  # events may have been lost before we were here
         while True:
             idle = 0 if self.serve() else idle + 1
-            if self.ring.final_check():
-                await trio.lowlevel.checkpoint()
-                continue
+            again = self.ring.final_check()
             if idle > SPURIOUS_EVENTS:
                 await trio.sleep(min(0.001 * (idle - SPURIOUS_EVENTS), MAX_BACK_OFF_SECONDS))
+            elif again:
+                await trio.lowlevel.checkpoint()
+            if again:
+                continue
             self.channel.unmask()
             await trio.lowlevel.wait_readable(self.channel.fd)
             self.channel.take()
@@ -165,7 +173,7 @@ class RingServer:
             return
         self._advancing = True
         try:
-            while self._again and self._backlog and not self.engine.closing:
+            while self._again and self._backlog and not self._resting and not self.engine.closing:
                 self._again = False
                 self._set_off()
         finally:
@@ -178,6 +186,10 @@ class RingServer:
         failed: list[tuple[int, Rejected]] = []
         works: list[Work] = []
         while backlog and not self._barrier:
+            if self._turn <= 0:
+                self._resting = True
+                self.nursery.start_soon(self._next_turn)
+                break
             slot, waiting = backlog.popleft()
             request = whole(waiting)
             if type(request) is Indirect:
@@ -186,6 +198,7 @@ class RingServer:
                 backlog.appendleft((slot, request))
                 break
             if isinstance(request, Transfer):
+                self._turn -= len(request.segments)
                 try:
                     work = self.pages.attach(slot, request)
                 except GrantFailed as error:
@@ -206,6 +219,12 @@ class RingServer:
         self._start(works)
         if failed:
             self._refuse(failed)
+
+    async def _next_turn(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self._turn = TURN_SEGMENTS
+        self._resting = False
+        self._advance()
 
     def _is_barrier(self, request: Single | Request | Rejected) -> bool:
         return (type(request) is Flush and request.operation == constants.WRITE_BARRIER) or (

@@ -1,0 +1,218 @@
+"""Guests that want time, memory, mappings or log lines: all of it has a bound."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from hostile_world import MODES, U32
+
+from xbd.core.blkif import constants, encode
+from xbd.core.datapath import Features, GrantMode
+from xbd.core.datapath.pages.copied import MAX_BOUNCE_PAGES
+from xbd.core.units import KIB, MIB, PAGE_SIZE
+
+READ, WRITE = constants.READ, constants.WRITE
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_SIZE
+
+
+async def latencies(field, count: int = 20) -> list[float]:
+    """How long the victim waits for 4 KiB, each time."""
+    found = []
+    for _ in range(count):
+        begin = time.perf_counter()
+        await field.victim.read(0, 4 * KIB)
+        found.append(time.perf_counter() - begin)
+    return found
+
+
+async def test_events_without_requests_cost_few_wake_ups(field):
+    """The ring backs off: fifty looks a second, whatever the guest does."""
+    async with field.attacker() as attacker:
+        server = attacker.disk.connection._servers[0]
+        looks = 0
+        serve = server.serve
+
+        def counting() -> bool:
+            nonlocal looks
+            looks += 1
+            return serve()
+
+        server.__class__.serve, original = (
+            (lambda self: counting() if self is server else original(self)),
+            server.__class__.serve,
+        )
+        try:
+            async with trio.open_nursery() as nursery:
+
+                async def storm() -> None:
+                    while True:
+                        attacker.ring.port.notify()
+                        await trio.lowlevel.checkpoint()
+
+                nursery.start_soon(storm)
+                begin = time.perf_counter()
+                await latencies(field, 100)
+                while time.perf_counter() - begin < 1:
+                    await field.victim_is_well()
+                seconds = time.perf_counter() - begin
+                nursery.cancel_scope.cancel()
+        finally:
+            server.__class__.serve = original
+        assert looks < 16 + 40 + 60 * seconds
+        await attacker.must_serve()
+
+
+async def test_an_index_that_moves_to_and_fro_costs_few_wake_ups(field):
+    """Between the look and the check before sleep there seems to be work, and there is none."""
+    async with field.attacker() as attacker:
+        ring = attacker.disk.connection._servers[0].ring
+        looks = 0
+        take, final_check = ring.take, ring.final_check
+
+        class Restless:
+            def __getattr__(self, name):
+                return getattr(ring, name)
+
+            def take(self, limit=None):
+                nonlocal looks
+                looks += 1
+                attacker.ring.words[0] = attacker.ring.prod
+                return take(limit)
+
+            def final_check(self):
+                attacker.ring.words[0] = attacker.ring.prod + 1
+                return final_check()
+
+        attacker.disk.connection._servers[0].ring = Restless()
+        attacker.ring.port.notify()
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < 0.5:
+            await field.victim_is_well()
+        seconds = time.perf_counter() - begin
+        attacker.disk.connection._servers[0].ring = ring
+        attacker.ring.words[0] = attacker.ring.prod
+        assert looks < 16 + 40 + 60 * seconds
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_full_rings_of_the_longest_requests_leave_the_others_their_turn(field, mode):
+    """Four queues, each kept full of 1 MiB requests in pieces of 512 bytes and whole pages."""
+    async with (
+        field.attacker(mode=mode, order=4, queues=4, size=2 * MIB) as attacker,
+        trio.open_nursery() as nursery,
+    ):
+        data = attacker.pages(256)
+        (table,) = attacker.pages(1)
+        packed = encode.pack_indirect_page([(ref, 0, 7) for ref in data])
+        attacker.guest.page(table)[: len(packed)] = packed
+
+        async def keep_full(ring) -> None:
+            number = 0
+            while True:
+                while (ring.prod - ring.cons) & U32 < ring.entries:
+                    number += 1
+                    entry = encode.encode_indirect(attacker.abi, READ, number, 0, 256, [table])
+                    ring.put(entry)
+                ring.publish()
+                await trio.lowlevel.checkpoint()
+                ring.answers()
+                ring.words[3] = ring.cons + 1 & U32
+
+        for ring in attacker.rings:
+            nursery.start_soon(keep_full, ring)
+        waits = await latencies(field, 30)
+        print(f"{mode.value}: median {statistics.median(waits):.4f} s, worst {max(waits):.4f} s")
+        nursery.cancel_scope.cancel()
+        assert statistics.median(waits) < 0.25
+
+
+async def test_bad_requests_by_the_thousand_are_few_lines(field):
+    async with field.attacker(order=4) as attacker:
+        ring = attacker.ring
+        sent = 0
+        begin = time.perf_counter()
+        while sent < 10_000:
+            bad = [
+                attacker.rw(77, 0, [], 1),
+                attacker.rw(READ, U32, [(1, 0, 7)], 2),
+                attacker.rw(WRITE, 0, [(1 << 30, 0, 7)], 3),
+                attacker.rw(WRITE, 0, [(1, 7, 0)], 4),
+                encode.encode_indirect(attacker.abi, READ, 5, 0, 12, [1 << 31]),
+            ] * 100
+            answers = await ring.ask(*bad)
+            assert all(status < 0 for _, _, status in answers)
+            sent += len(bad)
+        seconds = time.perf_counter() - begin
+        assert attacker.disk.stats.errors == sent
+        lines = [entry for entry in field.log if entry["event"] == "request failed"]
+        assert 1 <= len(lines) <= 5 * (seconds + 2)
+        if len(lines) > 5:
+            assert sum(line["suppressed"] for line in lines) > 0
+        assert all(len(str(line)) < 400 and "\n" not in str(line) for line in lines)
+
+
+@pytest.mark.parametrize("queues", [1, 4])
+async def test_persistent_pages_beyond_the_bound(field, queues):
+    """Every page of a large guest, once: no more stays mapped than the bound per ring allows."""
+    pages = 9000
+    async with field.attacker(queues=queues, pages=pages) as attacker:
+        refs = attacker.pages(pages - 100)
+        ring = attacker.ring
+        bound = 33 * ring.entries
+        before = field.host.hypervisor.mapped_pages
+        for at in range(0, len(refs) - 352, 352):
+            entries = [
+                attacker.rw(READ, 0, [(ref, 0, 7) for ref in refs[at + i * 11 :][:11]], i)
+                for i in range(32)
+            ]
+            answers = await ring.ask(*entries)
+            assert {status for _, _, status in answers} == {0}
+            assert field.host.hypervisor.mapped_pages - before <= bound
+        await attacker.must_serve()
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_memory_does_not_grow_with_connections_or_requests(field, mode):
+    """Rings made and dropped, full of requests, many times over."""
+    features = Features(barrier=True, discard=True, max_queues=4)
+
+    async def one_life() -> None:
+        async with field.attacker(mode=mode, queues=2, order=1, features=features) as attacker:
+            pages = attacker.pages(64)
+            for ring in attacker.rings:
+                entries = [
+                    attacker.rw(number % 2, 8 * number, [(pages[number], 0, 7)], number)
+                    for number in range(64)
+                ]
+                await ring.ask(*entries)
+
+    for _ in range(10):
+        await one_life()
+    before = resident_bytes()
+    for _ in range(60):
+        await one_life()
+    assert resident_bytes() - before < 8 * MIB
+
+
+async def test_bounce_memory_has_a_bound(field):
+    async with field.attacker(mode=GrantMode.COPY, order=4, size=2 * MIB) as attacker:
+        (data,) = attacker.pages(1)
+        (table,) = attacker.pages(1)
+        packed = encode.pack_indirect_page([(data, 0, 7)] * 256)
+        attacker.guest.page(table)[: len(packed)] = packed
+        before = resident_bytes()
+        entries = [
+            encode.encode_indirect(attacker.abi, WRITE, number, 0, 256, [table])
+            for number in range(512)
+        ]
+        answers = await attacker.ring.ask(*entries)
+        assert {status for _, _, status in answers} == {0}
+        assert resident_bytes() - before < MAX_BOUNCE_PAGES * PAGE_SIZE + 8 * MIB
