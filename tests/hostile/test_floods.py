@@ -14,6 +14,8 @@ from hostile_world import MODES, U32
 from xbd.core.blkif import constants, encode
 from xbd.core.datapath import Features, GrantMode
 from xbd.core.datapath.pages.copied import MAX_BOUNCE_PAGES
+from xbd.core.datapath.pages.mapped import MAX_MAPPED_PAGES
+from xbd.core.driver.testing import Fault, FaultDevice, MemoryDevice
 from xbd.core.units import KIB, MIB, PAGE_SIZE
 
 READ, WRITE = constants.READ, constants.WRITE
@@ -216,3 +218,31 @@ async def test_bounce_memory_has_a_bound(field):
         answers = await attacker.ring.ask(*entries)
         assert {status for _, _, status in answers} == {0}
         assert resident_bytes() - before < MAX_BOUNCE_PAGES * PAGE_SIZE + 8 * MIB
+
+
+@pytest.mark.parametrize("mode", [GrantMode.MAP, GrantMode.PERSISTENT])
+async def test_requests_in_flight_hold_a_bounded_number_of_mappings(field, mode):
+    """Storage is slow, and the guest asks for half a gigabyte meanwhile: all others need the
+    hypervisor's mappings too."""
+    gate = trio.Event()
+    device = FaultDevice(MemoryDevice(2 * MIB), Fault(wait=gate, error=None))
+    async with field.attacker(mode=mode, order=4, device=device) as attacker:
+        data = attacker.pages(256)
+        tables = attacker.pages(2)
+        for table, refs in zip(tables, (data, data[::-1]), strict=True):
+            packed = encode.pack_indirect_page([(ref, 0, 7) for ref in refs])
+            attacker.guest.page(table)[: len(packed)] = packed
+        before = field.host.hypervisor.mapped_pages
+        entries = [
+            encode.encode_indirect(attacker.abi, READ, number, 0, 256, [tables[number % 2]])
+            for number in range(512)
+        ]
+        attacker.ring.put(*entries)
+        attacker.ring.publish()
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert field.host.hypervisor.mapped_pages - before <= MAX_MAPPED_PAGES
+        await field.victim_is_well()
+        gate.set()
+        answers = await attacker.ring.collect(512)
+        assert {status for _, _, status in answers} == {0}
+        assert len(set(answers)) == 512

@@ -9,9 +9,50 @@ from xbd.core.datapath.pages.base import GuestPages, Page, Work, grant_refs, ind
 from xbd.core.hypervisor import GrantMapping, Hypervisor
 from xbd.core.units import PAGE_SIZE, Domid
 
+MAX_MAPPED_PAGES = 4096
+"""Mapped for requests in flight, per ring.  A hypervisor has room for a limited number of mappings
+(Xen's maptrack: 262144 for a whole dom0), and who uses them up stops the other guests."""
+
+
+class RequestMapper:
+    """Maps all pages of a request at once, read-only where the guest only gives."""
+
+    def __init__(self, hypervisor: Hypervisor, domid: Domid, limit: int = MAX_MAPPED_PAGES) -> None:
+        self._hypervisor = hypervisor
+        self._domid = domid
+        self._limit = limit
+        self._mapped = 0
+
+    def map(self, slot: int, request: Transfer) -> Work | None:
+        """The request with its pages; None: too many are mapped until another one is finished.
+
+        Raises `GrantFailed`.
+        """
+        count = len(request.segments)
+        if self._mapped and self._mapped + count > self._limit:
+            return None
+        mapping = self._hypervisor.map_grants(
+            self._domid, grant_refs(request), writable=not request.write
+        )
+        self._mapped += count
+        parts = []
+        for i, (_, start, length) in enumerate(request.segments):
+            at = i * PAGE_SIZE + start
+            parts.append((mapping.view, at, length, mapping.address + at))
+        return Work(slot, request, parts, held=mapping)
+
+    def unmap(self, work: Work) -> None:
+        """Give one request's own mapping back, if it has one."""
+        work.release_views()
+        work.parts.clear()
+        if isinstance(work.held, GrantMapping):
+            work.held.unmap()
+            self._mapped -= len(work.request.segments)
+        work.held = None
+
 
 class MappedPages(GuestPages):
-    """All pages of a request in one mapping, read-only where the guest only gives."""
+    """Each request's pages in a mapping of their own."""
 
     mode = "map"
 
@@ -20,16 +61,17 @@ class MappedPages(GuestPages):
         self.batch = 0
         self._hypervisor = hypervisor
         self._domid = domid
+        self._mapper = RequestMapper(hypervisor, domid)
 
     def attach(self, slot: int, request: Transfer) -> Work | None:
-        return map_request(self._hypervisor, self._domid, slot, request)
+        return self._mapper.map(slot, request)
 
     def fetch(self, works: Sequence[Work]) -> None:
         return
 
     def finish(self, works: Sequence[Work]) -> None:
         for work in works:
-            unmap_request(work)
+            self._mapper.unmap(work)
 
     def read_indirect(self, request: Indirect) -> list[bytes]:
         mapping = self._hypervisor.map_grants(self._domid, request.refs, writable=False)
@@ -43,22 +85,3 @@ class MappedPages(GuestPages):
 
     def close(self) -> None:
         return
-
-
-def map_request(hypervisor: Hypervisor, domid: Domid, slot: int, request: Transfer) -> Work:
-    """Map one request's pages.  Raises `GrantFailed`."""
-    mapping = hypervisor.map_grants(domid, grant_refs(request), writable=not request.write)
-    parts = []
-    for i, (_, start, length) in enumerate(request.segments):
-        at = i * PAGE_SIZE + start
-        parts.append((mapping.view, at, length, mapping.address + at))
-    return Work(slot, request, parts, held=mapping)
-
-
-def unmap_request(work: Work) -> None:
-    """Give one request's own mapping back, if it has one."""
-    work.release_views()
-    work.parts.clear()
-    if isinstance(work.held, GrantMapping):
-        work.held.unmap()
-    work.held = None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from xbd.core.blkif import Indirect, Transfer
 from xbd.core.datapath.pages.base import GuestPages, Page, Work, indirect_lengths
-from xbd.core.datapath.pages.mapped import map_request, unmap_request
+from xbd.core.datapath.pages.mapped import RequestMapper
 from xbd.core.hypervisor import Hypervisor
 from xbd.core.units import Domid, GrantRef
 
@@ -29,6 +29,7 @@ class PersistentPages(GuestPages):
         self._hypervisor = hypervisor
         self._domid = domid
         self._limit = limit
+        self._mapper = RequestMapper(hypervisor, domid)
 
     def attach(self, slot: int, request: Transfer) -> Work | None:
         resident = self.resident
@@ -40,7 +41,7 @@ class PersistentPages(GuestPages):
             if page is None:
                 page = self._admit(ref, held)
                 if page is None:
-                    return map_request(self._hypervisor, self._domid, slot, request)
+                    return self._mapper.map(slot, request)
             page.used = batch
             held.append(page)
             parts.append((page.view, start, length, page.address + start))
@@ -80,7 +81,7 @@ class PersistentPages(GuestPages):
                 if work.views:
                     work.release_views()
             else:
-                unmap_request(work)
+                self._mapper.unmap(work)
 
     def read_indirect(self, request: Indirect) -> list[bytes]:
         copies = []
