@@ -60,6 +60,7 @@ $(STAMP): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON); xbd needs Python 3.11 or newer, from Debian: apt-get install python3 python3-venv" >&2; exit 1; }
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: xbd needs Python 3.11 or newer; choose one with PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) has no venv; from Debian: apt-get install python3-venv" >&2; exit 1; }
+	echo "make: preparing $(VENV)"
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[test,lint]'
 	touch $@
