@@ -6,7 +6,6 @@ import errno
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Final
 
 import attrs
 import structlog
@@ -21,9 +20,29 @@ from xbd.core.xenstore.base import Store
 from xbd.core.xenstore.client import StoreClient, default_store_path
 from xbd.core.xenstore.server import EmbeddedXenStore
 
-_MAX_DOMAINS: Final = 1 << 15
-
 _log = structlog.get_logger("xbd.daemon")
+
+
+class LostGuests:
+    """Domains to bury.  One that dies again before that is buried once: guests come and go as
+    often as they like, and this must not grow with it."""
+
+    def __init__(self) -> None:
+        self._domids: dict[Domid, None] = {}
+        self._some = trio.Event()
+
+    def add(self, domid: Domid) -> None:
+        self._domids[domid] = None
+        self._some.set()
+
+    async def next(self) -> Domid:
+        """Wait for one, and take it."""
+        await self._some.wait()
+        domid = next(iter(self._domids))
+        del self._domids[domid]
+        if not self._domids:
+            self._some = trio.Event()
+        return domid
 
 
 @attrs.frozen(kw_only=True)
@@ -32,7 +51,7 @@ class Host:
 
     store: StoreClient
     hypervisor: Hypervisor
-    lost: trio.MemoryReceiveChannel[Domid] | None = None
+    lost: LostGuests | None = None
     """Guests whose process has ended; None where a toolstack takes care of that."""
 
 
@@ -53,9 +72,9 @@ async def xen_host(config: Config) -> AsyncIterator[Host]:
 @asynccontextmanager
 async def embedded_host(directory: Path) -> AsyncIterator[Host]:
     """Processes as guests; a XenStore of our own unless one answers already."""
-    tell_lost, lost = trio.open_memory_channel[Domid](_MAX_DOMAINS)
+    lost = LostGuests()
     async with AsyncExitStack() as stack:
-        opening = EmbeddedHost.open(directory, on_guest_lost=tell_lost.send_nowait)
+        opening = EmbeddedHost.open(directory, on_guest_lost=lost.add)
         host = await stack.enter_async_context(opening)
         store = await stack.enter_async_context(_embedded_store(directory))
         yield Host(store=store, hypervisor=host.hypervisor, lost=lost)
@@ -91,21 +110,25 @@ async def own_directory(store: Store, domid: int | None) -> str:
         raise StoreUnavailable(f"cannot read this domain's number from XenStore: {error}") from None
 
 
-async def bury_guests(
-    lost: trio.MemoryReceiveChannel[Domid], store: StoreClient, base: str, kinds: list[str]
-) -> None:
+async def bury_guests(lost: LostGuests, store: StoreClient, base: str, kinds: list[str]) -> None:
     """On the embedded host there is no toolstack to clean up after a guest that died."""
-    async for domid in lost:
+    while True:
+        domid = await lost.next()
         try:
-            await store.release(domid)
-        except StoreError as error:
-            if error.errno != errno.ENOENT:
-                _log.warning(f"cannot release domain {domid}: {error}")
+            await _bury(domid, store, base, kinds)
         except StoreLost:
-            continue
-        guest = await store.domain_path(domid)
-        for path in (*(f"{base}/backend/{kind}/{domid}" for kind in kinds), guest):
-            try:
-                await store.remove(path)
-            except (StoreError, StoreLost) as error:
-                _log.warning(f"cannot remove {path}: {error}")
+            lost.add(domid)  # calls wait until the store is back
+
+
+async def _bury(domid: Domid, store: StoreClient, base: str, kinds: list[str]) -> None:
+    try:
+        await store.release(domid)
+    except StoreError as error:
+        if error.errno != errno.ENOENT:
+            _log.warning(f"cannot release domain {domid}: {error}")
+    guest = await store.domain_path(domid)
+    for path in (*(f"{base}/backend/{kind}/{domid}" for kind in kinds), guest):
+        try:
+            await store.remove(path)
+        except StoreError as error:
+            _log.warning(f"cannot remove {path}: {error}")

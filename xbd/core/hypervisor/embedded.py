@@ -24,7 +24,7 @@ from xbd.core.hypervisor.embedded_hypervisor import (
     Limits,
 )
 from xbd.core.hypervisor.embedded_memory import GuestMemory
-from xbd.core.hypervisor.embedded_session import Session
+from xbd.core.hypervisor.embedded_session import GuestLog, Session
 from xbd.core.hypervisor.embedded_wire import (
     FIRST_RESERVED_DOMID,
     Hello,
@@ -67,6 +67,7 @@ class EmbeddedHost:
         self._listener = listener
         self._connections = 0
         self._last_domid = _read_last_domid(directory)
+        self._log = GuestLog()
 
     @classmethod
     @asynccontextmanager
@@ -105,24 +106,24 @@ class EmbeddedHost:
             except OSError as error:
                 if error.errno not in _SHORT_OF:
                     raise
-                _log.warning("cannot accept a guest", error=error.strerror)
+                self._log.warning("cannot accept a guest", error=error.strerror)
                 await trio.sleep(_RETRY_SECONDS)
                 continue
             if self._connections >= self.hypervisor.limits.guests + _STRANGERS:
                 connection.close()
-                _log.warning("too many connections to the embedded host")
+                self._log.warning("too many connections to the embedded host")
                 continue
             self._connections += 1
             nursery.start_soon(self._serve, connection)
 
     async def _serve(self, connection: trio.socket.SocketType) -> None:
         """One connection's life.  Nothing that a guest sends can end more than this task."""
-        session = Session(connection, self.hypervisor.limits)
+        session = Session(connection, self.hypervisor.limits, self._log)
         try:
             with connection:
                 await self._admit(session)
         except WireError as error:
-            _log.warning("guest refused", why=error.text)
+            self._log.warning("guest refused", why=error.text)
         finally:
             self._connections -= 1
 
@@ -148,7 +149,7 @@ class EmbeddedHost:
         self._tell(self.on_guest_lost, "guest gone", guest)
 
     def _tell(self, callback: GuestCallback | None, what: str, guest: EmbeddedGuest) -> None:
-        _log.info(what, domain=guest.domid, pages=guest.memory.pages)
+        self._log.info(what, domain=guest.domid, pages=guest.memory.pages)
         if callback is not None:
             callback(guest.domid)
 

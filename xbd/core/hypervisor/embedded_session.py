@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import socket
+from collections.abc import Callable
 from types import TracebackType
 from typing import Final
 
@@ -34,6 +35,7 @@ from xbd.core.hypervisor.embedded_wire import (
     decode_request,
     refusal,
 )
+from xbd.core.ratelimit import RateLimit
 
 _FD_SIZE: Final = array.array("i").itemsize
 _GO_ON: Final = frozenset({errno.EEXIST, errno.ENOENT, errno.ENOSPC})
@@ -41,6 +43,24 @@ _GO_ON: Final = frozenset({errno.EEXIST, errno.ENOENT, errno.ENOSPC})
 _REFUSAL_SECONDS: Final = 1.0
 
 _log = structlog.get_logger(__name__)
+
+
+@attrs.define(eq=False)
+class GuestLog:
+    """Lines that guests cause, of all guests together: they come and go as they like."""
+
+    _limit: RateLimit = attrs.Factory(lambda: RateLimit(burst=20, seconds=10.0))
+
+    def info(self, event: str, **details: object) -> None:
+        self._say(_log.info, event, details)
+
+    def warning(self, event: str, **details: object) -> None:
+        self._say(_log.warning, event, details)
+
+    def _say(self, write: Callable[..., object], event: str, details: dict[str, object]) -> None:
+        held = self._limit.allows()
+        if held is not None:
+            write(event, **details, **({"suppressed": held} if held else {}))
 
 
 @attrs.define(eq=False)
@@ -77,9 +97,10 @@ class _Packet:
 class Session:
     """A connection, from its first message to its end."""
 
-    def __init__(self, connection: trio.socket.SocketType, limits: Limits) -> None:
+    def __init__(self, connection: trio.socket.SocketType, limits: Limits, log: GuestLog) -> None:
         self._connection = connection
         self._limits = limits
+        self._log = log
         self._last = b""
 
     async def hello(self) -> tuple[Hello, GuestMemory] | None:
@@ -110,7 +131,9 @@ class Session:
                     reply = self._carry_out(packet, guest)
                 except WireError as error:
                     if error.errno not in _GO_ON:
-                        _log.warning("guest broke the protocol", domain=guest.domid, why=error.text)
+                        self._log.warning(
+                            "guest broke the protocol", domain=guest.domid, why=error.text
+                        )
                         await self.refuse(error)
                         return
                     reply = refusal(packet.data, error)
