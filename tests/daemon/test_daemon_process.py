@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 from contextlib import asynccontextmanager
@@ -245,3 +246,59 @@ async def test_a_disk_that_cannot_be_opened_fails_its_attach_with_the_reason(
         assert await daemon.stop() == 0
     assert expected.lower() in str(caught.value).lower()
     assert "Traceback" not in daemon.said
+
+
+async def test_a_killed_daemon_that_no_guest_notices(directory, image):
+    """Killed again and again while a guest writes: every write is done once it is answered."""
+    line = DiskLine(target=f"imagefile:{image}")
+    serve = ("serve", "--embedded", directory)
+    size = image.stat().st_size
+    rounds = 0
+    said = ""
+    written = {}
+    progress = trio.Event()
+
+    async def write(disk, worker):
+        nonlocal progress
+        while rounds < 4:
+            for offset in range(worker * 4096, size, 16 * 4096):
+                data = os.urandom(4096)
+                await disk.write(offset, data)
+                written[offset] = data
+                progress.set()
+                progress = trio.Event()
+                if rounds >= 4:
+                    break
+
+    async with starter() as start:
+        store = await start("xenstored", directory)
+        await store.says("XenStore is served")
+        daemon = await start(*serve)
+        await daemon.says("serves vbd3")
+        async with (
+            guest_with(directory, line) as (_, _, guest),
+            disk_of(directory, guest, line) as disk,
+        ):
+            async with trio.open_nursery() as nursery:
+                for worker in range(16):
+                    nursery.start_soon(write, disk, worker)
+                with trio.fail_after(SECONDS):
+                    for _ in range(4):
+                        answered = 0
+                        while answered < 300:
+                            await progress.wait()
+                            answered += 1
+                        await daemon.stop(signal.SIGKILL)
+                        said += daemon.said
+                        daemon = await start(*serve)
+                        await daemon.says("connect identifier")
+                        rounds += 1
+            with trio.fail_after(SECONDS):
+                for offset, data in written.items():
+                    assert await disk.read(offset, 4096) == data
+        assert await daemon.stop() == 0
+        assert "going on where the last backend died" in said + daemon.said
+        assert await store.stop() == 0
+    content = image.read_bytes()
+    for offset, data in written.items():
+        assert content[offset : offset + 4096] == data

@@ -23,6 +23,10 @@ SIZE = 112
 ENTRIES = 64
 
 
+def owed(path, identity, rsp_prod):
+    return read_journal(path, identity, rsp_prod).requests
+
+
 def entry(index: int) -> bytes:
     return index.to_bytes(8, "little") * (SIZE // 8)
 
@@ -40,9 +44,9 @@ def test_what_is_recorded_is_owed_in_order(path):
     journal = Journal(IDENTITY, ENTRIES, SIZE, path)
     journal.record(10, entries(10, 5))
     journal.record(15, entries(15, 2))
-    owed = read_journal(path, IDENTITY, rsp_prod=10)
-    assert [request.index for request in owed] == list(range(10, 17))
-    assert [request.entry for request in owed] == [entry(i) for i in range(10, 17)]
+    still = owed(path, IDENTITY, rsp_prod=10)
+    assert [request.index for request in still] == list(range(10, 17))
+    assert [request.entry for request in still] == [entry(i) for i in range(10, 17)]
     journal.close()
     assert not path.exists()
 
@@ -51,22 +55,22 @@ def test_a_published_answer_is_not_owed_and_an_unpublished_one_is(path):
     journal = Journal(IDENTITY, ENTRIES, SIZE, path)
     slots = journal.record(0, entries(0, 4))
     journal.answering([slots[2], slots[0]], 0)  # response 0 is request 2's, response 1 request 0's
-    assert [r.index for r in read_journal(path, IDENTITY, rsp_prod=0)] == [0, 1, 2, 3]
-    assert [r.index for r in read_journal(path, IDENTITY, rsp_prod=1)] == [0, 1, 3]
-    assert [r.index for r in read_journal(path, IDENTITY, rsp_prod=2)] == [1, 3]
+    assert [r.index for r in owed(path, IDENTITY, rsp_prod=0)] == [0, 1, 2, 3]
+    assert [r.index for r in owed(path, IDENTITY, rsp_prod=1)] == [0, 1, 3]
+    assert [r.index for r in owed(path, IDENTITY, rsp_prod=2)] == [1, 3]
     journal.clear([slots[2], slots[0]])
-    assert [r.index for r in read_journal(path, IDENTITY, rsp_prod=2)] == [1, 3]
+    assert [r.index for r in owed(path, IDENTITY, rsp_prod=2)] == [1, 3]
 
 
 def test_indices_wrap_around(path):
     journal = Journal(IDENTITY, ENTRIES, SIZE, path)
     first = (1 << 32) - 2
     slots = journal.record(first, entries(first, 4))
-    owed = read_journal(path, IDENTITY, rsp_prod=first)
-    assert [r.index for r in owed] == [first, first + 1, 0, 1]
+    still = owed(path, IDENTITY, rsp_prod=first)
+    assert [r.index for r in still] == [first, first + 1, 0, 1]
     journal.answering(slots[:3], first)
-    assert [r.index for r in read_journal(path, IDENTITY, rsp_prod=1)] == [1]
-    assert [r.index for r in read_journal(path, IDENTITY, rsp_prod=0)] == [0, 1]
+    assert [r.index for r in owed(path, IDENTITY, rsp_prod=1)] == [1]
+    assert [r.index for r in owed(path, IDENTITY, rsp_prod=0)] == [0, 1]
 
 
 @pytest.mark.parametrize("name", [field.name for field in attrs.fields(RingIdentity)])
@@ -75,7 +79,7 @@ def test_a_journal_of_another_ring_is_void(path, name):
     value = getattr(IDENTITY, name)
     other = {str: "other", int: 5, tuple: (8, 11)}[type(value)]
     assert read_journal(path, attrs.evolve(IDENTITY, **{name: other}), rsp_prod=0) is None
-    assert read_journal(path, IDENTITY, rsp_prod=0) == []
+    assert owed(path, IDENTITY, rsp_prod=0) == []
 
 
 def test_a_missing_or_damaged_journal_is_void(path):
@@ -113,12 +117,12 @@ def test_out_of_order_answers_against_a_model(tmp_path_factory, data, start):
         slots = [open_slots.pop(index) for index in done]
         rsp_prod = (start + answered) & 0xFFFFFFFF
         journal.answering(slots, rsp_prod)
-        owed = {r.index for r in read_journal(path, IDENTITY, rsp_prod)}
-        assert owed == {(start + i) & 0xFFFFFFFF for i in [*open_slots, *done]}
+        indices = {r.index for r in owed(path, IDENTITY, rsp_prod)}
+        assert indices == {(start + i) & 0xFFFFFFFF for i in [*open_slots, *done]}
         answered += len(done)
         journal.clear(slots)
-        owed = read_journal(path, IDENTITY, (start + answered) & 0xFFFFFFFF)
-        assert [r.index for r in owed] == [(start + i) & 0xFFFFFFFF for i in sorted(open_slots)]
-        assert all(r.entry == entry(r.index) for r in owed)
+        still = owed(path, IDENTITY, (start + answered) & 0xFFFFFFFF)
+        assert [r.index for r in still] == [(start + i) & 0xFFFFFFFF for i in sorted(open_slots)]
+        assert all(r.entry == entry(r.index) for r in still)
         assert journal.open_requests == len(open_slots)
     journal.close()

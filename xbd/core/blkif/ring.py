@@ -60,6 +60,20 @@ class BackRing(_Half):
         self._rsp_prod = start
         self._pack = abi.response.pack_into
 
+    @property
+    def unanswered(self) -> int:
+        """Requests in the ring that have no published answer, by the frontend's word; bounded."""
+        return min((self._words[_REQ_PROD] - self._rsp_prod) & _MASK, self.entries)
+
+    def slot(self, index: int) -> bytes:
+        """A copy of what lies in a slot now."""
+        at = (index & self._mask) * self.abi.request_size
+        return bytes(self._slots[at : at + self.abi.request_size])
+
+    def resume(self, consumed: int) -> None:
+        """Go on behind so many requests that an earlier backend consumed and did not answer."""
+        self.req_cons = (self.rsp_prod_pvt + consumed) & _MASK
+
     def take(self, limit: int | None = None) -> bytes:
         """Copy all requests that are there (at most `limit`), once; they count as consumed.
 

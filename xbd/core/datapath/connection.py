@@ -15,6 +15,7 @@ from xbd.core.datapath.engine import IoEngine, make_engine
 from xbd.core.datapath.extents import ExtentCache
 from xbd.core.datapath.journal import Journal, RingIdentity
 from xbd.core.datapath.pages import choose_mode, make_pages
+from xbd.core.datapath.recovery import take_over
 from xbd.core.datapath.ring_server import RingServer
 from xbd.core.driver import DeviceAccess
 from xbd.core.hostio.fence import full_fence
@@ -105,9 +106,10 @@ class Connection:
             protocol=abi.protocol,
         )
         path = parts.journal_dir and parts.journal_dir / f"{parts.name}.{number}"
-        journal = Journal(identity, ring.entries, abi.request_size, path)
+        debt = take_over(path, identity, ring)
+        journal = Journal(identity, ring.entries, abi.request_size, path, debt)
         self._resources.callback(journal.close)
-        return RingServer(
+        server = RingServer(
             name=parts.name,
             ring=ring,
             decoder=Decoder(abi, parts.limits),
@@ -119,6 +121,8 @@ class Connection:
             engine=self._engine,
             stats=parts.stats,
         )
+        server.owe(debt.requests)
+        return server
 
     def _release(self) -> None:
         """Nothing runs any more.  What the kernel still works on stays mapped, on purpose."""

@@ -11,7 +11,8 @@ Layout, native byte order, one page of header and then arrays of n = `entries` e
 bytes   what           meaning
 ======  =============  ==========================================================================
 0       magic          ``XBDJRNL1``
-8       u32 × 4        header size, entries, request size, state (0 unused, 1 in use)
+8       u32 × 4        header size, entries, request size, and an index: up to there, answers
+                       that an earlier backend did not publish may lie over requests
 24      u32 × 6        domid, devid, queue, ring order, event channel, number of ring refs
 48      16 bytes       the ABI's protocol string, padded with NUL
 64      36 bytes       a cookie: text that the backend also keeps in its XenStore directory
@@ -47,9 +48,9 @@ from xbd.core.units import PAGE_SIZE
 MAGIC: Final = b"XBDJRNL1"
 VALID: Final = 1 << 32
 ANSWERING: Final = 2 << 32
+_MASK: Final = 0xFFFFFFFF
 _HEADER: Final = struct.Struct("=8s4I6I16s36s")
 _REFS_OFFSET: Final = 128
-_IN_USE: Final = 1
 
 
 @attrs.frozen(kw_only=True)
@@ -68,26 +69,49 @@ class RingIdentity:
 
 @attrs.frozen
 class OpenRequest:
-    """A request that was consumed and not answered."""
+    """A request that was consumed, and whose answer was not published."""
 
     index: int
     entry: bytes
 
 
+@attrs.frozen
+class Debt:
+    """What a dead backend leaves to the next one."""
+
+    requests: Sequence[OpenRequest] = ()
+    """In the order of their indices."""
+    overlaid: int = 0
+    """Slots from rsp_prod up to this index may have answers over them that were not published."""
+
+
+NO_DEBT: Final = Debt()
+
+
 class Journal:
-    """The journal of one ring.  `path` None keeps it in anonymous memory (nothing survives)."""
+    """The journal of one ring.  `path` None keeps it in anonymous memory (nothing survives).
+
+    The requests of `debt`, an earlier backend's, take the first slots: this one answers them.
+    A journal that is there already is replaced at once, never half.
+    """
 
     def __init__(
-        self, identity: RingIdentity, entries: int, request_size: int, path: Path | None
+        self,
+        identity: RingIdentity,
+        entries: int,
+        request_size: int,
+        path: Path | None,
+        debt: Debt = NO_DEBT,
     ) -> None:
         self.path = path
+        new = path and path.with_name(f"{path.name}.new")
         self._entries = entries
         self._size = request_size
         marks = PAGE_SIZE
         indices = marks + 8 * entries
         copies = indices + 4 * entries
         total = copies + request_size * entries
-        self._map = _shared_memory(path, total)
+        self._map = _shared_memory(new, total)
         view = memoryview(self._map)
         self._marks = view[marks:indices].cast("Q")
         self._indices = view[indices:copies].cast("I")
@@ -97,9 +121,14 @@ class Journal:
         self._open = 0
         self._runs: dict[int, tuple[bytes, array[int]]] = {}
         view.release()
-        self._write_header(identity)
+        self._write_header(identity, debt.overlaid)
+        for request in debt.requests:
+            self._record_one(request.index, request.entry)
+        self._open = len(debt.requests)
+        if path is not None and new is not None:
+            new.replace(path)
 
-    def _write_header(self, identity: RingIdentity) -> None:
+    def _write_header(self, identity: RingIdentity, overlaid: int) -> None:
         refs = struct.pack(f"={len(identity.ring_refs)}I", *identity.ring_refs)
         self._map[_REFS_OFFSET : _REFS_OFFSET + len(refs)] = refs
         self._map[: _HEADER.size] = _HEADER.pack(
@@ -107,7 +136,7 @@ class Journal:
             PAGE_SIZE,
             self._entries,
             self._size,
-            _IN_USE,
+            overlaid,
             identity.domid,
             identity.devid,
             identity.queue,
@@ -132,7 +161,7 @@ class Journal:
             return range(count)
         self._open += count
         return [
-            self._record_one((first + i) & 0xFFFFFFFF, entries[i * size : (i + 1) * size])
+            self._record_one((first + i) & _MASK, entries[i * size : (i + 1) * size])
             for i in range(count)
         ]
 
@@ -160,7 +189,7 @@ class Journal:
             marks[slots.start : slots.stop] = array("Q", range(mark, mark + len(slots)))
             return
         for at, slot in enumerate(slots, first):
-            marks[slot] = ANSWERING | (at & 0xFFFFFFFF)
+            marks[slot] = ANSWERING | (at & _MASK)
 
     def clear(self, slots: Sequence[int]) -> None:
         """The responses are published."""
@@ -189,8 +218,8 @@ class Journal:
             self.path.unlink(missing_ok=True)
 
 
-def read_journal(path: Path, identity: RingIdentity, rsp_prod: int) -> list[OpenRequest] | None:
-    """What a dead backend still owed the ring, in the order of the requests.
+def read_journal(path: Path, identity: RingIdentity, rsp_prod: int) -> Debt | None:
+    """What a dead backend still owed the ring.
 
     None: the journal belongs to another ring or is damaged, and means nothing.
     """
@@ -200,8 +229,8 @@ def read_journal(path: Path, identity: RingIdentity, rsp_prod: int) -> list[Open
         return None
     if len(data) < PAGE_SIZE:
         return None
-    magic, header, entries, size, state, *numbers, protocol, cookie = _HEADER.unpack_from(data)
-    if magic != MAGIC or header != PAGE_SIZE or state != _IN_USE:
+    magic, header, entries, size, overlaid, *numbers, protocol, cookie = _HEADER.unpack_from(data)
+    if magic != MAGIC or header != PAGE_SIZE:
         return None
     if entries > 1 << 16 or size > PAGE_SIZE or len(data) != header + entries * (12 + size):
         return None
@@ -221,25 +250,36 @@ def read_journal(path: Path, identity: RingIdentity, rsp_prod: int) -> list[Open
     marks = struct.unpack_from(f"={entries}Q", data, header)
     indices = struct.unpack_from(f"={entries}I", data, header + 8 * entries)
     copies = header + 12 * entries
-    owed = [
+    slots = [slot for slot, mark in enumerate(marks) if mark and not _published(mark, rsp_prod)]
+    written = [overlaid, *((marks[slot] + 1) & _MASK for slot in slots if marks[slot] >= ANSWERING)]
+    ahead = max(
+        (far for index in written if 0 < (far := distance(rsp_prod, index)) <= entries), default=0
+    )
+    requests = [
         OpenRequest(indices[slot], data[copies + slot * size : copies + (slot + 1) * size])
-        for slot, mark in enumerate(marks)
-        if mark and not _published(mark, rsp_prod)
+        for slot in slots
     ]
-    return sorted(owed, key=lambda request: (request.index - rsp_prod + (1 << 31)) & 0xFFFFFFFF)
+    return Debt(
+        sorted(requests, key=lambda request: distance(rsp_prod, request.index)),
+        (rsp_prod + ahead) & _MASK,
+    )
+
+
+def distance(start: int, end: int) -> int:
+    """How far one free-running index is from another, from -2**31 to 2**31 - 1."""
+    return ((end - start + (1 << 31)) & _MASK) - (1 << 31)
 
 
 def _published(mark: int, rsp_prod: int) -> bool:
     if mark < ANSWERING:
         return False
-    past = (rsp_prod - (mark & 0xFFFFFFFF)) & 0xFFFFFFFF
-    return 0 < past < 1 << 31
+    return distance(mark & _MASK, rsp_prod) > 0
 
 
 def _wrapping(first: int, count: int) -> range | list[int]:
     if first + count <= 1 << 32:
         return range(first, first + count)
-    return [(first + i) & 0xFFFFFFFF for i in range(count)]
+    return [(first + i) & _MASK for i in range(count)]
 
 
 def _shared_memory(path: Path | None, size: int) -> mmap.mmap:

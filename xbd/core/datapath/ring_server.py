@@ -36,7 +36,7 @@ from xbd.core.datapath.cached_reads import Answer, CachedReads, Item
 from xbd.core.datapath.config import DiskStats
 from xbd.core.datapath.engine import MAX_SEGMENTS, IoEngine
 from xbd.core.datapath.extents import Entry, ExtentCache
-from xbd.core.datapath.journal import Journal
+from xbd.core.datapath.journal import Journal, OpenRequest
 from xbd.core.datapath.pages import GuestPages, Work
 from xbd.core.driver import DeviceAccess, Extent
 from xbd.core.errors import BadRequest, Disposition, GrantFailed, XbdError
@@ -98,9 +98,16 @@ class RingServer:
 
     # -- wake-ups ---------------------------------------------------------------------------
 
+    def owe(self, requests: Sequence[OpenRequest]) -> None:
+        """Requests of an earlier backend, in the journal's first slots; before `run`."""
+        entries = b"".join(request.entry for request in requests)
+        self._backlog.extend(enumerate(self.decoder.decode_batch(entries)))
+
     async def run(self) -> None:
         """Serve.  Raises `RingCorrupt`."""
         idle = 0
+        if self._backlog:
+            self._advance()
         self.channel.notify()  # events may have been lost before we were here
         while True:
             idle = 0 if self.serve() else idle + 1

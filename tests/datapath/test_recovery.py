@@ -1,0 +1,208 @@
+"""A backend may die at any moment: the next one answers what is owed, and nothing twice."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import trio
+import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xbd.core.blkif import (
+    X86_32,
+    X86_64,
+    BackRing,
+    Decoder,
+    FrontRing,
+    Limits,
+    constants,
+    encode,
+    whole,
+)
+from xbd.core.datapath.journal import Journal, RingIdentity
+from xbd.core.datapath.recovery import take_over
+from xbd.core.driver.testing import Fault, FaultDevice, MemoryDevice
+from xbd.core.units import KIB, MIB, PAGE_SIZE
+
+LIMITS = Limits(
+    size=MIB,
+    logical_block=512,
+    read_only=False,
+    flush=True,
+    barrier=True,
+    discard=True,
+    discard_secure=False,
+    max_indirect_segments=256,
+)
+
+
+class Died(Exception):
+    """The process was killed here."""
+
+
+class Backend:
+    """The data path's steps on ring and journal, in its order, with a death between any two."""
+
+    def __init__(self, view, abi, path, identity, lives_for):
+        self._steps = lives_for
+        self.ring = BackRing(view, abi, 0, fence=self.step, attach=True)
+        self._decoder = Decoder(abi, LIMITS)
+        debt = take_over(path, identity, self.ring)
+        self.step()
+        self._journal = Journal(identity, self.ring.entries, abi.request_size, path, debt)
+        self.step()
+        decoded = self._decoder.decode_batch(b"".join(request.entry for request in debt.requests))
+        self.work = dict(enumerate(whole(request) for request in decoded))
+
+    def step(self):
+        self._steps -= 1
+        if self._steps < 0:
+            raise Died
+
+    def take(self):
+        entries = self.ring.take()
+        self.step()
+        if entries:
+            requests = [whole(request) for request in self._decoder.decode_batch(entries)]
+            first = (self.ring.req_cons - len(requests)) & 0xFFFFFFFF
+            slots = self._journal.record(first, entries)
+            self.work.update(zip(slots, requests, strict=True))
+        self.step()
+
+    def answer(self, slots, carry_out):
+        for slot in slots:
+            carry_out(self.work[slot].id)
+            self.step()
+        self._journal.answering(slots, self.ring.rsp_prod_pvt)
+        self.step()
+        for slot in slots:
+            request = self.work.pop(slot)
+            self.ring.answer(request.id, request.operation, constants.RSP_OKAY)
+            self.step()
+        self.ring.push()
+        self.step()
+        self._journal.clear(slots)
+        self.step()
+
+
+@given(
+    seed=st.integers(0, 1 << 32),
+    start=st.sampled_from([0, (1 << 32) - 50]),
+    abi=st.sampled_from([X86_64, X86_32]),
+)
+def test_every_request_is_answered_once_whenever_backends_die(tmp_path_factory, seed, start, abi):
+    dice = random.Random(seed)
+    path = tmp_path_factory.mktemp("journal") / "ring"
+    identity = RingIdentity(
+        domid=1, devid=51712, queue=0, ring_order=0, event_channel=1, ring_refs=(9,),
+        protocol=abi.protocol,
+    )  # fmt: skip
+    view = memoryview(bytearray(PAGE_SIZE))
+    front = FrontRing(view, abi, 0, fence=lambda: None, start=start)
+    numbers = itertools.count()
+    asked, carried_out, answered = set(), set(), set()
+    backend = None
+    while len(answered) < 150:
+        for _ in range(dice.randint(0, front.free)):
+            number = next(numbers)
+            asked.add(number)
+            segments = [(dice.randint(1, 99), 0, 7)]
+            front.submit(
+                encode.encode_rw(abi, constants.WRITE, number, 8 * (number % 99), segments)
+            )
+        front.push()
+        try:
+            if backend is None:
+                backend = Backend(view, abi, path, identity, dice.randint(3, 120))
+            backend.take()
+            done = dice.sample(sorted(backend.work), dice.randint(0, len(backend.work)))
+            if done:
+                backend.answer(done, carried_out.add)
+        except Died:
+            backend = None
+        for number, operation, status in front.responses():
+            assert (operation, status) == (constants.WRITE, constants.RSP_OKAY)
+            assert number in asked, "an answer to nothing"
+            assert number not in answered, "answered twice"
+            assert number in carried_out, "answered before it was carried out"
+            answered.add(number)
+
+
+def started(tmp_path, count=3):
+    """A ring with requests that a backend took and died over."""
+    path = tmp_path / "ring"
+    identity = RingIdentity(
+        domid=1, devid=51712, queue=0, ring_order=0, event_channel=1, ring_refs=(9,),
+        protocol=X86_64.protocol,
+    )  # fmt: skip
+    view = memoryview(bytearray(PAGE_SIZE))
+    front = FrontRing(view, X86_64, 0, fence=lambda: None)
+    for number in range(count):
+        front.submit(encode.encode_rw(X86_64, constants.READ, number, 0, [(5, 0, 7)]))
+    front.push()
+    Backend(view, X86_64, path, identity, 1000).take()
+    return path, identity, view
+
+
+def attach(view):
+    return BackRing(view, X86_64, 0, fence=lambda: None, attach=True)
+
+
+def test_the_same_ring_goes_on(tmp_path):
+    path, identity, view = started(tmp_path)
+    ring = attach(view)
+    assert [request.index for request in take_over(path, identity, ring).requests] == [0, 1, 2]
+    assert ring.take() == b""
+
+
+@pytest.mark.parametrize("asked", [0, 1, 3, 5])
+def test_another_kernels_ring_on_the_same_pages_is_not_mistaken(tmp_path, asked):
+    """After kexec page and port may be the same by chance: old reads must not hit new memory."""
+    path, identity, view = started(tmp_path)
+    front = FrontRing(view, X86_64, 0, fence=lambda: None)
+    for number in range(asked):
+        front.submit(encode.encode_rw(X86_64, constants.READ, 100 + number, 8, [(6, 0, 7)]))
+    front.push()
+    ring = attach(view)
+    assert not take_over(path, identity, ring).requests
+    assert len(ring.take()) == asked * X86_64.request_size
+
+
+def test_a_guest_that_lies_about_its_ring_harms_itself_only(tmp_path):
+    path, identity, view = started(tmp_path)
+    words = view[:16].cast("I")
+    for req_prod, rsp_prod in ((1 << 31, 0), (0, 3), (3, 1 << 31), (2, 0), (99, 98)):
+        words[0], words[2] = req_prod, rsp_prod
+        ring = attach(view)
+        owed = take_over(path, identity, ring).requests
+        assert len(owed) <= 3
+        assert (ring.req_cons - ring.rsp_prod_pvt) & 0xFFFFFFFF == len(owed)
+
+
+async def test_a_new_backend_finishes_what_an_old_one_left(rig_maker, tmp_path):
+    """The data path itself: killed with requests in flight, and connected again."""
+    gate = trio.Event()
+    slow = Fault(operations={"writev"}, times=4, wait=gate, error=None)
+    device = FaultDevice(MemoryDevice(MIB), slow)
+    journals = tmp_path / "journal"
+    async with (
+        rig_maker(device=device, journal_dir=journals) as rig,
+        trio.open_nursery() as nursery,
+    ):
+        for number in range(4):
+            nursery.start_soon(rig.front.write, number * 8 * KIB, bytes([number + 1]) * 8 * KIB)
+        await trio.testing.wait_all_tasks_blocked()
+        await rig.front.read(MIB // 2, 4096)  # answered, in the slot of one that is not
+        [path] = journals.iterdir()
+        left = path.read_bytes()
+        await rig.disk.disconnect(drain=False)
+        journals.mkdir(exist_ok=True)
+        path.write_bytes(left)  # a killed process does not tidy up
+        gate.set()
+        await rig.connect()
+    assert rig.device.inner.disk.content[: 32 * KIB] == b"".join(
+        bytes([number + 1]) * 8 * KIB for number in range(4)
+    )
