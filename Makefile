@@ -2,6 +2,7 @@
 # make test      the test suite                     PYTEST_ARGS="tests/blkif -x" runs a part
 # make lint      ruff and mypy, and shellcheck where it is installed
 # make test-xen  the tests on a real Xen, emulated  XEN_ARGS="--suite bookworm 10 20" (see tests/xen/run)
+# make fuzz      random hostile guests, for a minute FUZZ_ARGS="--seconds 3600 --seed 7"
 # make bench     measurements beside QEMU's         BENCH_ARGS="..." (see bench/README.md)
 # make clean     remove what these have made, .venv too
 #
@@ -20,11 +21,12 @@ STAMP := $(VENV)/made-from
 PYTEST_ARGS ?=
 XEN_ARGS ?=
 BENCH_ARGS ?=
+FUZZ_ARGS ?= --seconds 60
 SHELL_SCRIPTS := .ci/run scripts/block-xbd tests/xen/lab tests/xen/image/build.sh tests/xen/image/dom0-init \
 	tests/xen/image/dom0-initramfs-init tests/xen/image/guest-init tests/xen/dom0/main tests/xen/dom0/case \
 	tests/xen/dom0/lib.sh tests/xen/dom0/block-lab
 
-.PHONY: run test lint test-xen bench clean
+.PHONY: run test lint test-xen fuzz bench clean
 
 run: $(STAMP)
 	@$(BIN)/xbd demo
@@ -45,6 +47,9 @@ test-xen: $(STAMP)
 	@missing=$$(tests/xen/lab needs | xargs)
 	[ -z "$$missing" ] || { echo "make: the lab needs, from Debian: apt-get install --no-install-recommends $$missing" >&2; exit 1; }
 	$(BIN)/python tests/xen/run $(XEN_ARGS)
+
+fuzz: $(STAMP)
+	@$(BIN)/python tests/fuzz/fuzz_ring.py $(FUZZ_ARGS)
 
 bench: $(STAMP)
 	@command -v gcc >/dev/null || { echo "make: the measurements need a C compiler, from Debian: apt-get install gcc libc6-dev" >&2; exit 1; }
