@@ -82,14 +82,14 @@ def plan(directory: Path, stack: ExitStack, size: int) -> tuple[list[DemoDisk], 
     disks: list[DemoDisk] = []
     notes: list[str] = []
     for title, query, options in (
-        ("flat image, O_DIRECT, 4-page ring, indirect", "", plain),
+        ("imagefile, 4-page ring", "", plain),
         (
-            "flat image, page cache, 2 queues",
+            "imagefile, cached, 2 queues",
             "?cache=writeback",
             FrontendOptions(ring_order=1, queues=2, indirect_segments=128),
         ),
         (
-            "flat image, 32-bit ABI, grants per request",
+            "imagefile, 32-bit, no mapping",
             "",
             FrontendOptions(abi=X86_32, persistent=False, indirect_segments=0),
         ),
@@ -107,7 +107,7 @@ def plan(directory: Path, stack: ExitStack, size: int) -> tuple[list[DemoDisk], 
         options = FrontendOptions(abi=X86_64, ring_order=4, indirect_segments=256)
         disks.append(
             DemoDisk(
-                title="host block device, 16-page ring, 1 MiB requests",
+                title="raw, 16-page ring",
                 target=f"raw:{device}",
                 image=directory / "device.img",
                 size=size,

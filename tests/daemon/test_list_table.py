@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from xbd.cli.list import device_table, human_size
+from xbd.cli.list import human_size, print_devices
 
 DEVICE = {
     "name": "xbdback3i51712",
@@ -26,9 +26,9 @@ DEVICE = {
 }
 
 
-def text_of(devices):
+def text_of(devices, width=400):
     output = io.StringIO()
-    Console(file=output, width=400, color_system=None).print(device_table(devices))
+    print_devices(Console(file=output, width=width, color_system=None), devices)
     return output.getvalue()
 
 
@@ -36,6 +36,15 @@ def test_a_connected_disk():
     text = text_of([DEVICE])
     for cell in ("xbdback3i51712", "xvda", "qcow2", "1 GiB", "rw", "x86_64-abi", "2x16", "48 KiB"):
         assert cell in text
+
+
+def test_a_narrow_terminal_gets_three_tables():
+    device = DEVICE | {"image": "/srv/guest.qcow2"}
+    wide, narrow = text_of([device]), text_of([device], width=80)
+    assert wide.count("xbdback3i51712") == 1
+    assert narrow.count("xbdback3i51712") == 3
+    assert {*wide.split()} == {*narrow.split()}
+    assert max(map(len, narrow.splitlines())) <= 80
 
 
 def test_empty_columns_are_left_out():

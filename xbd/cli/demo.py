@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 from xbd import demo as demonstration
-from xbd.cli.list import device_table
+from xbd.cli.list import print_devices
 from xbd.core.control.client import ask
 from xbd.core.errors import XbdError
 from xbd.core.units import MIB
@@ -87,8 +87,10 @@ async def _exercise_all(console: Console, size: int) -> list[demonstration.DemoR
                 progress.refresh()
                 devices = await ask(running.control_socket, "list")
                 meeting.part.set()
-        console.print(device_table(devices))
+        print_devices(console, devices)
+    console.print()
     console.print(_figures(results))
+    console.print()
     return results
 
 
@@ -117,17 +119,11 @@ def first_leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 
 def _figures(results: list[demonstration.DemoResult]) -> Table:
-    table = Table(title="As the guests saw it")
-    for name in (
-        "disk",
-        "write MiB/s",
-        "read MiB/s",
-        "4 KiB reads/s",
-        "median µs",
-        "99 % µs",
-        "data",
-    ):
-        table.add_column(name, justify="left" if name in ("disk", "data") else "right")
+    table = Table(title="As the guests saw it", box=None, title_justify="left")
+    table.add_column("disk", no_wrap=True)
+    for name in ("write\nMiB/s", "read\nMiB/s", "4 KiB\nreads/s", "median\nµs", "99 %\nµs"):
+        table.add_column(name, justify="right")
+    table.add_column("data")
     for result in results:
         table.add_row(
             result.disk.title,

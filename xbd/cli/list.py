@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -46,16 +47,33 @@ def list_(socket: Path | None, embedded: Path | None, as_json: bool) -> None:
     elif devices:
         # A pipe has no width: nothing is folded there.
         console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
-        console.print(device_table(devices))
+        print_devices(console, devices)
     else:
         click.echo("No disks.")
 
 
-def device_table(devices: Sequence[dict[str, Any]]) -> Table:
-    """The answer to the control command ``list``, for people; without columns that are empty."""
+def print_devices(console: Console, devices: Sequence[dict[str, Any]]) -> None:
+    """The answer to the control command ``list``, for people.
+
+    One table if it fits, else three: what the disks are, how they are used, and what was done.
+    """
+    everything = range(len(_COLUMNS))
+    table = device_table(devices, everything)
+    unbounded = console.options.update(max_width=_PIPE_WIDTH)
+    if Measurement.get(console, unbounded, table).maximum <= console.width:
+        console.print(table)
+        return
+    for number, columns in enumerate(_NARROW):
+        if number:
+            console.print()
+        console.print(device_table(devices, columns))
+
+
+def device_table(devices: Sequence[dict[str, Any]], columns: Sequence[int]) -> Table:
+    """Some columns, by number; without those that are empty."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     rows = [_row(device) for device in devices]
-    used = [i for i in range(len(_COLUMNS)) if any(row[i] != _NOTHING for row in rows)]
+    used = [i for i in columns if any(row[i] != _NOTHING for row in rows)]
     for name, right in (_COLUMNS[i] for i in used):
         table.add_column(name, justify="right" if right else "left", overflow="fold")
     for row in rows:
@@ -81,6 +99,10 @@ _COLUMNS = (
     ("errors", True),
     ("last error", False),
 )
+
+
+_NARROW = ((0, 1, 2, 3, 4, 5, 6), (0, 7, 8, 9, 15), (0, 10, 11, 12, 13, 14))
+"""Columns by number, for terminals that are not wide enough for all."""
 
 
 def _row(device: dict[str, Any]) -> list[str]:
