@@ -27,7 +27,7 @@ from xbd.core.blkif.constants import (
     WRITE_BARRIER,
 )
 from xbd.core.blkif.requests import Discard, Flush, Indirect, Rejected, Request, Single, Transfer
-from xbd.core.blkif.segments import SEGMENT, SPANS, read_segments, whole_pages
+from xbd.core.blkif.segments import SEGMENT, SPANS, WHOLE_PAGE, read_segments, whole_pages
 from xbd.core.errors import BadRequest, Disposition, GuestError, Unoffered
 from xbd.core.units import PAGE_SIZE, GrantRef
 
@@ -69,11 +69,12 @@ class Decoder:
         requests: list[Single | Request | Rejected] = []
         append = requests.append
         find_span = SPANS.get
+        whole_page = SPANS[WHOLE_PAGE]
         for operation, count, request_id, sector, gref, bounds in abi.head.iter_unpack(entries):
             if operation <= last_permitted:
                 offset = sector * SECTOR
                 if count == 1:
-                    span = find_span(bounds)
+                    span = whole_page if bounds == WHOLE_PAGE else find_span(bounds)
                     if span:
                         start, length = span
                         if offset + length <= size and not (offset | length) & misaligned:

@@ -34,8 +34,9 @@ SPANS: Final = {
 }
 """Start and length in the page, in bytes, by bounds: first_sect <= last_sect <= 7."""
 
-_WHOLE: Final = bounds_of(0, SECTORS_PER_PAGE - 1)
-_ALL_WHOLE: Final = tuple((_WHOLE,) * count for count in range(MAX_SEGMENTS + 1))
+WHOLE_PAGE: Final = bounds_of(0, SECTORS_PER_PAGE - 1)
+"""By far the most frequent bounds."""
+_ALL_WHOLE: Final = tuple((WHOLE_PAGE,) * count for count in range(MAX_SEGMENTS + 1))
 _STARTS: Final = (0,) * MAX_SEGMENTS
 _LENGTHS: Final = (PAGE_SIZE,) * MAX_SEGMENTS
 

@@ -64,10 +64,12 @@ class CachedReads:
             if isinstance(request, tuple):
                 request_id, operation, offset, length, gref, first = request
                 page = find_page(gref)
-                if operation == read and page and offset >= start and offset + length <= end:
+                if page and start <= offset and offset + length <= end and operation == read:
                     page.used = batch
-                    view = page.view if length == PAGE_SIZE else page.view[first : first + length]
-                    buffers = [view]
+                    if length == PAGE_SIZE:
+                        buffers = [page.view]
+                    else:
+                        buffers = [page.view[first : first + length]]
                 else:
                     buffers = []
             elif isinstance(request, Transfer) and request.operation == read:
