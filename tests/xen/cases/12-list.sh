@@ -6,7 +6,7 @@ wait_disk xvda
 echo "RESULT disk is there"
 sleep 600
 JOB
-wait_line shown '^RESULT disk' 60
+wait_line shown '^RESULT disk' 120
 name=xbdback$(xl domid shown)i51712
 xbd list | tee table
 xbd list --json | tee json

@@ -1,4 +1,4 @@
-# limit: 180
+# limit: 300
 # fio writes blocks of all sizes at random, deep queues, some with a flush behind, and reads them back.
 image disk.img 64
 guest fio vcpus=2 "$(disk xvda /scratch/disk.img)" <<'JOB'
@@ -9,5 +9,5 @@ $verify --name=mixed --rw=randwrite --bsrange=4k-256k --bs_unaligned=0 --iodepth
 $verify --name=large --rw=write --bs=1M --iodepth=4 --size=32M
 $verify --name=sectors --rw=randwrite --bs=512 --iodepth=8 --offset=48M --size=512k
 JOB
-wait_guest fio 150
+wait_guest fio 240
 equal "the number of jobs without an error" "$(console fio | grep -a -c 'err= 0')" 4

@@ -1,4 +1,4 @@
-# limit: 180
+# limit: 300
 # A guest makes a file system, writes, unmounts and checks it; dom0 finds it clean and the file the same.
 image disk.img 128
 guest files "$(disk xvda /scratch/disk.img)" <<'JOB'

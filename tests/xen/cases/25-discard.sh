@@ -9,7 +9,7 @@ blkdiscard -o $((16 << 20)) -l $((32 << 20)) /dev/xvda
 sync
 echo "RESULT md5 $(md5sum /dev/xvda | cut -d' ' -f1)"
 JOB
-wait_guest discards 60
+wait_guest discards 120
 sync disk.img
 freed=$(((before - $(stat -c %b disk.img)) / 2048))
 [ "$freed" -ge 30 ] || fail "discarding 32 MiB has freed $freed MiB of the image"

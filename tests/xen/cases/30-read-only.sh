@@ -9,7 +9,7 @@ blockdev --setrw /dev/xvda || true
 if dd if=/dev/zero of=/dev/xvda bs=4k count=16 oflag=direct; then echo "RESULT write accepted"; fi
 if blkdiscard /dev/xvda; then echo "RESULT discard accepted"; fi
 JOB
-wait_guest reads 60
+wait_guest reads 120
 equal "the guest's ro flag" "$(result reads read-only)" 1
 equal "the content in the guest" "$(result reads md5)" "$before"
 equal "a write" "$(result reads write)" ""

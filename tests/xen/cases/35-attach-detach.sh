@@ -1,4 +1,4 @@
-# limit: 240
+# limit: 300
 # A second disk comes and goes ten times while the guest runs; each time it is written and read.
 image first.img 16
 image second.img 16
@@ -20,8 +20,8 @@ done
 JOB
 for round in 1 2 3 4 5 6 7 8 9 10; do
     xl block-attach swaps "$(disk xvdb /scratch/second.img)"
-    wait_line swaps "^RESULT done $round\$" 40
+    wait_line swaps "^RESULT done $round\$" 120
     xl block-detach swaps xvdb
     equal "the image in round $round" "$(head -c 1048576 second.img | md5)" "$(yes "round $round" | head -c 1M | md5)"
 done
-wait_guest swaps 30
+wait_guest swaps 120

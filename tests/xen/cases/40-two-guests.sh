@@ -1,4 +1,4 @@
-# limit: 240
+# limit: 300
 # Two guests with two disks each, all four under verified load at once.
 for name in one two; do
     image $name-a.img 32
@@ -13,7 +13,7 @@ echo "RESULT b $(md5sum /dev/xvdb | cut -d' ' -f1)"
 JOB
 done
 for name in one two; do
-    wait_guest $name 150
+    wait_guest $name 240
     equal "the number of $name's jobs without an error" "$(console $name | grep -a -c 'err= 0')" 2
     equal "disk a of $name" "$(result $name a)" "$(md5 $name-a.img)"
     equal "disk b of $name" "$(result $name b)" "$(md5 $name-b.img)"

@@ -1,4 +1,4 @@
-# limit: 180
+# limit: 300
 # GRUB's image for PV guests has a frontend of its own: it reads its configuration, a kernel and an
 # initramfs from the disk, closes its connection and hands over to Linux, which connects anew.
 mkdir -p tree/boot/grub
@@ -22,7 +22,7 @@ truncate -s 96M disk.img
 mke2fs -q -t ext4 -O ^has_journal -d tree disk.img
 GUEST_KERNEL=/usr/lib/grub-xen/grub-x86_64-xen.bin
 guest grub memory=384 "$(disk xvda /scratch/disk.img)" </dev/null
-wait_guest grub 150
+wait_guest grub 240
 equal "the configuration as Linux reads it" "$(result grub configuration)" "$configuration"
 mount -o loop,ro disk.img /mnt
 note=$(cat /mnt/note)

@@ -1,4 +1,4 @@
-# limit: 150
+# limit: 300
 # A guest that reboots finds its disk again, and on it what it wrote before.
 image disk.img 16
 guest reboots "$(disk xvda /scratch/disk.img)" <<'JOB'
@@ -10,5 +10,5 @@ sync
 [ $boots -ge 3 ] || reboot -f
 JOB
 wait_line reboots '^RESULT boot 3$' 120
-wait_guest reboots 30
+wait_guest reboots 120
 equal "the number of boots on the disk" "$(head -c 1 disk.img)" 3

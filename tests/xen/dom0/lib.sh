@@ -93,6 +93,7 @@ initramfs() {
     cat >"$job/job"
     (cd "$job" && echo job | busybox cpio -o -H newc 2>/dev/null)
     cat "/lab/${1:-}initramfs"
+    ! grep -q -w fio "$job/job" || cat /lab/fio-initramfs
     rm -r "$job"
 }
 
