@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from xbd.core.datapath import Disk, Features, FrontendConfig, GrantMode, QueueConfig
+from xbd.core.datapath.pages import DomainBudget
 from xbd.core.driver import DeviceAccess
 from xbd.core.driver.api import Concurrency
 from xbd.core.driver.open import open_device
@@ -65,6 +66,7 @@ async def make_rig(
     read_only: bool = False,
     journal_dir: Path | None = None,
     size: int = 4 * MIB,
+    budget: DomainBudget | None = None,
 ):
     """A connected rig over `device` (a MemoryDevice by default) or an opened `access`."""
     options = options or FrontendOptions(data_pages=600, indirect_segments=256)
@@ -98,6 +100,7 @@ async def make_rig(
             hypervisor=host.hypervisor,
             grants=grants,
             journal_dir=journal_dir,
+            budget=budget,
         )
         front = DiskRequests(guest, options)
         await front.make_queues(options.queues, options.ring_order)

@@ -15,6 +15,7 @@ from xbd.core.backend.bell import Bell
 from xbd.core.backend.link import Link
 from xbd.core.blkif import X86_64, Abi, constants, encode
 from xbd.core.datapath import Disk, Features, FrontendConfig, GrantMode, QueueConfig
+from xbd.core.datapath.pages import DomainBudget
 from xbd.core.driver.api import Concurrency
 from xbd.core.driver.open import open_device
 from xbd.core.driver.testing import MemoryDevice
@@ -29,6 +30,9 @@ from xbd.core.units import KIB, MIB, PAGE_SIZE, Domid
 SECONDS = 20.0
 """The deadline of every wait in these tests."""
 DOM0 = Domid(0)
+ATTACKER_PAGES = 3832
+"""What all rings of the attacker share beyond their reserves."""
+
 DEVID = 51712
 MODES = [GrantMode.PERSISTENT, GrantMode.MAP, GrantMode.COPY]
 ALL_FEATURES = Features(discard=True, barrier=True)
@@ -289,6 +293,7 @@ class Battlefield:
                 hypervisor=self.host.hypervisor,
                 grants=mode,
                 journal_dir=journal_dir,
+                budget=DomainBudget(ATTACKER_PAGES),
             )
             rings = [RawRing(guest, abi, order, start) for _ in range(queues)]
             for ring in rings:

@@ -25,7 +25,7 @@ from xbd.core.backend.policy import Policy
 from xbd.core.backend.publish import choose_features
 from xbd.core.backend.serving import Serving
 from xbd.core.blkif.state import XenbusState
-from xbd.core.datapath import Disk, FrontendConfig
+from xbd.core.datapath import Budgets, Disk, FrontendConfig
 from xbd.core.driver import Capability, DeviceAccess, DiskSpec, open_disk
 from xbd.core.errors import ConfigError, StoreError, StoreLost
 from xbd.core.hypervisor import Hypervisor
@@ -49,6 +49,10 @@ class Services:
     """This domain's directory in XenStore, ``/local/domain/0``."""
     hypervisor: Hypervisor
     policy: Policy
+    budgets: Budgets = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.budgets = Budgets(self.policy.limits.pages_per_domain)
 
 
 class Device:
@@ -209,6 +213,7 @@ class Device:
             hypervisor=self._services.hypervisor,
             grants=policy.grants,
             journal_dir=policy.journal_dir,
+            budget=self._services.budgets.of(self.id.domid),
         )
         if own.state in (*NEW, XenbusState.INIT_WAIT):
             new = XenbusState.INIT_WAIT

@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 
 from xbd.core.datapath.config import GrantMode
+from xbd.core.datapath.pages.budget import DOMAIN_PAGES
 
 
 def between(low: float, high: float) -> Any:
@@ -36,6 +37,8 @@ class Limits:
     """``[limits]``: what one guest or one stuck disk can cost."""
 
     disks_per_domain: int = attrs.field(default=64, validator=between(1, 4096))
+    pages_per_domain: int = attrs.field(default=DOMAIN_PAGES, validator=between(0, 1 << 20))
+    """Pages of one guest that are mapped or bounced at a time, beyond 264 for each ring."""
     drain_seconds: float = attrs.field(default=20.0, validator=between(0, 3600))
     """How long a closing disk waits for requests that storage has not finished."""
     frontend_seconds: float = attrs.field(default=10.0, validator=between(0, 3600))

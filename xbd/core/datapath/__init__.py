@@ -9,8 +9,10 @@ from xbd.core.datapath.config import (
 )
 from xbd.core.datapath.connection import Connection
 from xbd.core.datapath.disk import Disk
+from xbd.core.datapath.pages import Budgets
 
 __all__ = [
+    "Budgets",
     "Connection",
     "Disk",
     "DiskStats",

@@ -14,7 +14,7 @@ from xbd.core.datapath.config import DiskStats, FrontendConfig, GrantMode, Queue
 from xbd.core.datapath.engine import IoEngine, make_engine
 from xbd.core.datapath.extents import ExtentCache
 from xbd.core.datapath.journal import Journal, RingIdentity
-from xbd.core.datapath.pages import choose_mode, make_pages
+from xbd.core.datapath.pages import DomainBudget, RingShare, choose_mode, make_pages
 from xbd.core.datapath.recovery import take_over
 from xbd.core.datapath.ring_server import RingServer
 from xbd.core.driver import DeviceAccess
@@ -38,6 +38,7 @@ class Parts:
     limits: Limits
     grants: GrantMode
     offer_persistent: bool
+    budget: DomainBudget
     journal_dir: Path | None
 
 
@@ -109,12 +110,13 @@ class Connection:
         debt = take_over(path, identity, ring)
         journal = Journal(identity, ring.entries, abi.request_size, path, debt)
         self._resources.callback(journal.close)
+        share = RingShare(parts.budget, parts.limits.max_indirect_segments)
         server = RingServer(
             name=parts.name,
             ring=ring,
             decoder=Decoder(abi, parts.limits),
             journal=journal,
-            pages=make_pages(self.mode, parts.hypervisor, frontend.domid, ring.entries),
+            pages=make_pages(self.mode, parts.hypervisor, frontend.domid, share, ring.entries),
             channel=channel,
             access=parts.access,
             extents=parts.extents,

@@ -10,6 +10,7 @@ from xbd.core.blkif import Limits
 from xbd.core.datapath.config import DiskStats, Features, FrontendConfig, GrantMode
 from xbd.core.datapath.connection import Connection, Parts
 from xbd.core.datapath.extents import ExtentCache
+from xbd.core.datapath.pages import DomainBudget
 from xbd.core.driver import DeviceAccess
 from xbd.core.hypervisor import Hypervisor
 
@@ -28,7 +29,9 @@ class Disk:
         hypervisor: Hypervisor,
         grants: GrantMode = GrantMode.AUTO,
         journal_dir: Path | None = None,
+        budget: DomainBudget | None = None,
     ) -> None:
+        """`budget`: what all disks of the guest share; None: this one has its own."""
         self.access = access
         self.name = name
         self.devid = devid
@@ -40,6 +43,7 @@ class Disk:
         self._hypervisor = hypervisor
         self._grants = grants
         self._journal_dir = journal_dir
+        self._budget = budget or DomainBudget()
         access.subscribe(self.invalidate)
 
     def limits(self) -> Limits:
@@ -73,6 +77,7 @@ class Disk:
             limits=self.limits(),
             grants=self._grants,
             offer_persistent=self.features.persistent,
+            budget=self._budget,
             journal_dir=self._journal_dir,
         )
         connection = Connection(parts, frontend)

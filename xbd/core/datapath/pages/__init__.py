@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from xbd.core.datapath.config import GrantMode
 from xbd.core.datapath.pages.base import GuestPages, Page, Work
+from xbd.core.datapath.pages.budget import Budgets, DomainBudget, RingShare
 from xbd.core.datapath.pages.copied import CopiedPages
 from xbd.core.datapath.pages.mapped import MappedPages
 from xbd.core.datapath.pages.persistent import MAX_PAGES, PAGES_PER_REQUEST, PersistentPages
@@ -11,7 +12,16 @@ from xbd.core.errors import BoundaryError
 from xbd.core.hypervisor import Hypervisor
 from xbd.core.units import Domid
 
-__all__ = ["GuestPages", "Page", "Work", "choose_mode", "make_pages"]
+__all__ = [
+    "Budgets",
+    "DomainBudget",
+    "GuestPages",
+    "Page",
+    "RingShare",
+    "Work",
+    "choose_mode",
+    "make_pages",
+]
 
 
 def choose_mode(wanted: GrantMode, hypervisor: Hypervisor, *, persistent: bool) -> GrantMode:
@@ -33,11 +43,13 @@ def choose_mode(wanted: GrantMode, hypervisor: Hypervisor, *, persistent: bool) 
     return wanted
 
 
-def make_pages(mode: GrantMode, hypervisor: Hypervisor, domid: Domid, entries: int) -> GuestPages:
+def make_pages(
+    mode: GrantMode, hypervisor: Hypervisor, domid: Domid, share: RingShare, entries: int
+) -> GuestPages:
     """The pages of a ring of `entries` requests, in a mode from `choose_mode`."""
     if mode is GrantMode.PERSISTENT:
         limit = min(entries * PAGES_PER_REQUEST, MAX_PAGES)
-        return PersistentPages(hypervisor, domid, limit)
+        return PersistentPages(hypervisor, domid, share, limit)
     if mode is GrantMode.COPY:
-        return CopiedPages(hypervisor, domid)
-    return MappedPages(hypervisor, domid)
+        return CopiedPages(hypervisor, domid, share)
+    return MappedPages(hypervisor, domid, share)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from xbd.core.blkif import Indirect, Transfer, constants
 from xbd.core.datapath.pages.base import GuestPages, Page, Work, indirect_lengths
+from xbd.core.datapath.pages.budget import RingShare
 from xbd.core.errors import GrantFailed
 from xbd.core.hypervisor import CopyOp, Hypervisor
 from xbd.core.units import PAGE_SIZE, Domid
@@ -21,11 +22,18 @@ class CopiedPages(GuestPages):
 
     mode = "copy"
 
-    def __init__(self, hypervisor: Hypervisor, domid: Domid, pages: int = MAX_BOUNCE_PAGES) -> None:
+    def __init__(
+        self,
+        hypervisor: Hypervisor,
+        domid: Domid,
+        share: RingShare,
+        pages: int = MAX_BOUNCE_PAGES,
+    ) -> None:
         self.resident: dict[int, Page] = {}
         self.batch = 0
         self._hypervisor = hypervisor
         self._domid = domid
+        self._share = share
         memory = mmap.mmap(-1, pages * PAGE_SIZE)
         self._view = memoryview(memory)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -33,7 +41,8 @@ class CopiedPages(GuestPages):
 
     def attach(self, slot: int, request: Transfer) -> Work | None:
         free = self._free
-        if len(free) < len(request.segments):
+        count = len(request.segments)
+        if len(free) < count or not self._share.take(count):
             return None
         parts = []
         held = []
@@ -55,6 +64,7 @@ class CopiedPages(GuestPages):
             work.release_views()
             work.parts.clear()
             self._free.extend(work.held)  # type: ignore[arg-type]
+            self._share.give_back(len(work.request.segments))
             work.held = None
 
     def _copy(self, works: Sequence[Work], *, to_guest: bool) -> None:

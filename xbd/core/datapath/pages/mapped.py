@@ -6,22 +6,18 @@ from collections.abc import Sequence
 
 from xbd.core.blkif import Indirect, Transfer
 from xbd.core.datapath.pages.base import GuestPages, Page, Work, grant_refs, indirect_lengths
+from xbd.core.datapath.pages.budget import RingShare
 from xbd.core.hypervisor import GrantMapping, Hypervisor
 from xbd.core.units import PAGE_SIZE, Domid
-
-MAX_MAPPED_PAGES = 4096
-"""Mapped for requests in flight, per ring.  A hypervisor has room for a limited number of mappings
-(Xen's maptrack: 262144 for a whole dom0), and who uses them up stops the other guests."""
 
 
 class RequestMapper:
     """Maps all pages of a request at once, read-only where the guest only gives."""
 
-    def __init__(self, hypervisor: Hypervisor, domid: Domid, limit: int = MAX_MAPPED_PAGES) -> None:
+    def __init__(self, hypervisor: Hypervisor, domid: Domid, share: RingShare) -> None:
         self._hypervisor = hypervisor
         self._domid = domid
-        self._limit = limit
-        self._mapped = 0
+        self._share = share
 
     def map(self, slot: int, request: Transfer) -> Work | None:
         """The request with its pages; None: too many are mapped until another one is finished.
@@ -29,12 +25,15 @@ class RequestMapper:
         Raises `GrantFailed`.
         """
         count = len(request.segments)
-        if self._mapped and self._mapped + count > self._limit:
+        if not self._share.take(count):
             return None
-        mapping = self._hypervisor.map_grants(
-            self._domid, grant_refs(request), writable=not request.write
-        )
-        self._mapped += count
+        try:
+            mapping = self._hypervisor.map_grants(
+                self._domid, grant_refs(request), writable=not request.write
+            )
+        except BaseException:
+            self._share.give_back(count)
+            raise
         parts = []
         for i, (_, start, length) in enumerate(request.segments):
             at = i * PAGE_SIZE + start
@@ -47,7 +46,7 @@ class RequestMapper:
         work.parts.clear()
         if isinstance(work.held, GrantMapping):
             work.held.unmap()
-            self._mapped -= len(work.request.segments)
+            self._share.give_back(len(work.request.segments))
         work.held = None
 
 
@@ -56,12 +55,12 @@ class MappedPages(GuestPages):
 
     mode = "map"
 
-    def __init__(self, hypervisor: Hypervisor, domid: Domid) -> None:
+    def __init__(self, hypervisor: Hypervisor, domid: Domid, share: RingShare) -> None:
         self.resident: dict[int, Page] = {}
         self.batch = 0
         self._hypervisor = hypervisor
         self._domid = domid
-        self._mapper = RequestMapper(hypervisor, domid)
+        self._mapper = RequestMapper(hypervisor, domid, share)
 
     def attach(self, slot: int, request: Transfer) -> Work | None:
         return self._mapper.map(slot, request)

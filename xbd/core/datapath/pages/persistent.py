@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from xbd.core.blkif import Indirect, Transfer
 from xbd.core.datapath.pages.base import GuestPages, Page, Work, indirect_lengths
+from xbd.core.datapath.pages.budget import RingShare
 from xbd.core.datapath.pages.mapped import RequestMapper
 from xbd.core.hypervisor import Hypervisor
 from xbd.core.units import Domid, GrantRef
@@ -23,13 +24,14 @@ class PersistentPages(GuestPages):
 
     mode = "persistent"
 
-    def __init__(self, hypervisor: Hypervisor, domid: Domid, limit: int) -> None:
+    def __init__(self, hypervisor: Hypervisor, domid: Domid, share: RingShare, limit: int) -> None:
         self.resident: dict[int, Page] = {}
         self.batch = 0
         self._hypervisor = hypervisor
         self._domid = domid
         self._limit = limit
-        self._mapper = RequestMapper(hypervisor, domid)
+        self._share = share
+        self._mapper = RequestMapper(hypervisor, domid, share)
 
     def attach(self, slot: int, request: Transfer) -> Work | None:
         resident = self.resident
@@ -50,10 +52,16 @@ class PersistentPages(GuestPages):
         return Work(slot, request, parts, held=held)
 
     def _admit(self, ref: GrantRef, keep: Sequence[Page]) -> Page | None:
-        """Map one more page; None when the table is full of pages in use."""
-        if len(self.resident) >= self._limit and not self._purge(keep):
-            return None
-        mapping = self._hypervisor.map_grants(self._domid, [ref], writable=True)
+        """Map one more page; None when there is only room for pages in use."""
+        if len(self.resident) >= self._limit or not self._share.take(1):
+            if not self._purge(keep):
+                return None
+            self._share.take(1)
+        try:
+            mapping = self._hypervisor.map_grants(self._domid, [ref], writable=True)
+        except BaseException:
+            self._share.give_back(1)
+            raise
         page = Page(mapping.view, mapping.address, mapping, self.batch)
         self.resident[ref] = page
         return page
@@ -67,8 +75,12 @@ class PersistentPages(GuestPages):
         ]
         idle.sort()
         for _, ref in idle[: max(1, self._limit // _PURGE_PART)]:
-            self.resident.pop(ref).mapping.unmap()
+            self._drop(self.resident.pop(ref))
         return bool(idle)
+
+    def _drop(self, page: Page) -> None:
+        page.mapping.unmap()
+        self._share.give_back(1)
 
     def fetch(self, works: Sequence[Work]) -> None:
         return
@@ -102,5 +114,5 @@ class PersistentPages(GuestPages):
         """Unmap all idle pages.  Pages of abandoned I/O stay mapped on purpose."""
         for page in self.resident.values():
             if not page.users:
-                page.mapping.unmap()
+                self._drop(page)
         self.resident.clear()
