@@ -19,7 +19,12 @@ from xbd.core.xenstore.calls import Calls, decode_text, encode_path
 from xbd.core.xenstore.client_transaction import attempt_transaction
 from xbd.core.xenstore.client_watch import ClientWatch
 from xbd.core.xenstore.link import Link
-from xbd.core.xenstore.places import default_store_path, open_store, unavailable
+from xbd.core.xenstore.places import (
+    default_store_path,
+    is_device,
+    open_store,
+    unavailable,
+)
 from xbd.core.xenstore.protocol import NUL, Op
 
 __all__ = ["StoreClient", "default_store_path"]
@@ -205,6 +210,7 @@ class StoreClient(Calls, Store):
             open_store(self.path),
             answer_within_s=self._answer_within_s,
             probe_after_s=self._probe_after_s,
+            one_at_a_time=is_device(self.path),
         )
         self._nursery.start_soon(link.run)
         generation = self._generation + 1

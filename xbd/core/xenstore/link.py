@@ -51,8 +51,13 @@ class _Pending:
 class Link:
     """Drives a non-blocking descriptor, which it owns from now on."""
 
-    def __init__(self, fd: int, *, answer_within_s: float, probe_after_s: float) -> None:
-        """After `probe_after_s` seconds of silence it asks something, to notice a hang."""
+    def __init__(
+        self, fd: int, *, answer_within_s: float, probe_after_s: float, one_at_a_time: bool = False
+    ) -> None:
+        """After `probe_after_s` seconds of silence it asks something, to notice a hang.
+
+        `one_at_a_time`: no request is written before the last one is answered.
+        """
         self.on_event: Callable[[bytes, bytes], None] = _nobody_listens
         """Called with path and token of each event; must not raise."""
         self.lost = trio.Event()
@@ -69,6 +74,9 @@ class Link:
         self._work = trio.lowlevel.ParkingLot()
         self._scope = trio.CancelScope()
         self._heard = False
+        self._one_at_a_time = one_at_a_time
+        self._awaited = False
+        """Whether a request that was written whole has no answer yet; only kept if it matters."""
 
     async def run(self) -> None:
         """Move bytes until the link is lost; then the descriptor is closed."""
@@ -145,7 +153,7 @@ class Link:
         self._last_id = self._last_id % 0xFFFF_FFFF + 1
         self._pending[self._last_id] = pending
         data = encode(packet(op, payload, self._last_id, tx_id))
-        if not self._unsent:
+        if not self._unsent and not self._awaited:
             data = self._write(data)
         if data:
             self._unsent.append(data)
@@ -154,7 +162,9 @@ class Link:
     def _write(self, data: bytes) -> bytes:
         """What could not be written yet.  One packet a call: the device wants it so."""
         try:
-            return data[os.write(self._fd, data) :]
+            rest = data[os.write(self._fd, data) :]
+            self._awaited = self._one_at_a_time and not rest
+            return rest
         except BlockingIOError:
             return data
         except OSError as error:
@@ -163,9 +173,14 @@ class Link:
 
     async def _send_rest(self) -> None:
         while True:
-            while not self._unsent:
+            while not self._unsent or self._awaited:
                 await self._work.park()
-            await trio.lowlevel.wait_writable(self._fd)
+            if self._one_at_a_time:  # Linux's device never says that it is writable; it always is
+                await trio.lowlevel.checkpoint()
+            else:
+                await trio.lowlevel.wait_writable(self._fd)
+            if not self._unsent or self._awaited:
+                continue
             rest = self._write(self._unsent[0])
             if rest:
                 self._unsent[0] = rest
@@ -203,6 +218,8 @@ class Link:
         pending = self._pending.pop(message.rq_id, None)
         if pending is None:
             raise WireError("an answer to no request")
+        self._awaited = False
+        self._work.unpark_all()
         if message.op in (pending.op, Op.ERROR):
             pending.answer = message
         self._settle(pending)

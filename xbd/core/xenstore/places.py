@@ -47,6 +47,15 @@ def default_store_path() -> Path:
     return next((path for path in candidates if path.exists()), candidates[0])
 
 
+def is_device(path: Path) -> bool:
+    """Whether XenStore is reached through the kernel there.
+
+    Linux sends a request from the buffer into which the next `write` goes, whenever it comes to
+    it: requests that do not wait for each other's answers are mixed up.
+    """
+    return path.is_char_device()
+
+
 def open_store(path: Path) -> int:
     """A non-blocking descriptor connected to XenStore.  Raises `OSError`.
 
