@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
+from typing import Protocol
 
 import trio
 
@@ -20,11 +23,53 @@ from xbd.core.driver import (
     OpenFailed,
 )
 from xbd.core.hostio.failures import shown
-from xbd.core.hostio.hostfile import HostFile
-from xbd.core.hostio.locks import while_busy
+from xbd.core.hostio.hostfile import HostFile, open_host_file
+from xbd.core.hostio.locks import lock_file, while_busy
 from xbd.core.hostio.zero import Space
 
 _LOG = logging.getLogger(__name__)
+
+
+class HostOptions(Protocol):
+    """The options that say how a host file is opened."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def cache(self) -> str | None: ...
+    @property
+    def locking(self) -> bool: ...
+
+
+def open_locked(
+    context: OpenContext,
+    options: HostOptions,
+    opener: Callable[..., int],
+    require: Callable[[os.stat_result], None],
+    make: Callable[[HostFile], HostDisk],
+) -> HostDisk:
+    """Open by ``opener(path, writable=, flags=)``, look what it is, lock it, `make` a disk of it.
+
+    `require` raises if the file is not of the driver's kind.  Raises `OpenFailed`; nothing stays
+    open then.
+    """
+    path = options.path
+    file = open_host_file(
+        path,
+        lambda flags: opener(path, writable=context.writable, flags=flags),
+        name=context.device_id,
+        writable=context.writable,
+        cache=options.cache,
+        run_blocking=context.run_blocking,
+    )
+    try:
+        require(os.fstat(file.fd))
+        if options.locking:
+            lock_file(file.fd, shown(path), exclusive=context.writable)
+        return make(file)
+    except BaseException:
+        file.close()
+        raise
 
 
 class HostDisk(BlockDevice):

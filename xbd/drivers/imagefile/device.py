@@ -17,10 +17,9 @@ import attrs
 from xbd.core.driver import BlockDevice, Capability, Geometry, OpenContext, OpenFailed
 from xbd.core.hostio.failures import describe, io_failure, shown
 from xbd.core.hostio.files import kind_of, open_file, size_of, stat_path
-from xbd.core.hostio.hostfile import HostFile, open_host_file
-from xbd.core.hostio.locks import lock_file
+from xbd.core.hostio.hostfile import HostFile
 from xbd.core.hostio.zero import FileSpace
-from xbd.drivers._hostdisk import HostDisk, opened, whole_sectors
+from xbd.drivers._hostdisk import HostDisk, open_locked, opened, whole_sectors
 from xbd.drivers.imagefile.options import ImagefileOptions
 
 _PAGE = 4096
@@ -34,24 +33,9 @@ def open_imagefile(
 
 
 def _open(context: OpenContext, options: ImagefileOptions) -> HostDisk:
-    path = options.path
-    _require_regular(options, stat_path(path, _MISSING))
-    file = open_host_file(
-        path,
-        lambda flags: open_file(path, writable=context.writable, flags=flags),
-        name=context.device_id,
-        writable=context.writable,
-        cache=options.cache,
-        run_blocking=context.run_blocking,
-    )
-    try:
-        _require_regular(options, os.fstat(file.fd))
-        if options.locking:
-            lock_file(file.fd, shown(path), exclusive=context.writable)
-        return _disk(context, options, file)
-    except BaseException:
-        file.close()
-        raise
+    require = partial(_require_regular, options)
+    require(stat_path(options.path, _MISSING))
+    return open_locked(context, options, open_file, require, partial(_disk, context, options))
 
 
 _MISSING = "create it first, for example with: truncate -s 10G FILE"

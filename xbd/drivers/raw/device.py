@@ -21,9 +21,8 @@ from xbd.core.hostio.blockdev import (
 )
 from xbd.core.hostio.failures import io_failure, open_failure, shown
 from xbd.core.hostio.files import kind_of, open_file, stat_path
-from xbd.core.hostio.hostfile import HostFile, open_host_file
-from xbd.core.hostio.locks import lock_file
-from xbd.drivers._hostdisk import HostDisk, opened, whole_sectors
+from xbd.core.hostio.hostfile import HostFile
+from xbd.drivers._hostdisk import HostDisk, open_locked, opened, whole_sectors
 from xbd.drivers.raw.options import RawOptions
 
 
@@ -33,27 +32,12 @@ def open_raw(context: OpenContext, options: RawOptions) -> AbstractAsyncContextM
 
 
 def _open(context: OpenContext, options: RawOptions) -> HostDisk:
-    path = options.path
-    _require_device(options, stat_path(path))
+    require = partial(_require_device, options)
+    require(stat_path(options.path))
     exclusive = options.locking and context.writable
     opener = open_exclusive if exclusive else open_file
     with _unclaimed(context, options):
-        file = open_host_file(
-            path,
-            lambda flags: opener(path, writable=context.writable, flags=flags),
-            name=context.device_id,
-            writable=context.writable,
-            cache=options.cache,
-            run_blocking=context.run_blocking,
-        )
-        try:
-            _require_device(options, os.fstat(file.fd))
-            if options.locking:
-                lock_file(file.fd, shown(path), exclusive=context.writable)
-            return _disk(context, options, file)
-        except BaseException:
-            file.close()
-            raise
+        return open_locked(context, options, opener, require, partial(_disk, context, options))
 
 
 @contextmanager
