@@ -21,7 +21,6 @@ from xbd.core.backend.failure import is_store_lost, stops_daemon, worst
 from xbd.core.backend.identity import DeviceId, parse_devid, parse_domid
 from xbd.core.backend.keys import OwnKeys, read_own
 from xbd.core.errors import ConfigError, StoreError, StoreLost, XbdError
-from xbd.core.units import Domid
 
 SCRIPT_NAME: Final = "block-xbd"
 """The hotplug script that marks a disk as ours."""
@@ -81,12 +80,6 @@ class Supervisor:
     def stop(self) -> None:
         """Take no new devices, end those there are."""
         self._stop.set()
-
-    def ring_domain(self, domid: Domid) -> None:
-        """Something happened to a domain: its devices have a look."""
-        for device in self.devices.values():
-            if device.id.domid == domid:
-                device.ring()
 
     # -- watching ---------------------------------------------------------------------------
 
