@@ -15,6 +15,7 @@ import trio
 
 from xbd.core.driver import (
     BlockDevice,
+    BlockStatus,
     Capability,
     Extent,
     Geometry,
@@ -115,6 +116,11 @@ class HostDisk(BlockDevice):
     async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool) -> None:
         may_unmap = may_unmap and self._may_unmap
         await self.file.write_zeroes(self._space, offset, length, may_unmap=may_unmap)
+
+    async def block_status(self, offset: int, length: int) -> Sequence[BlockStatus]:
+        """The file's holes, where its filesystem tells of them."""
+        runs = await self.file.data_runs(offset, length)
+        return [BlockStatus(length=size, hole=not data, zero=not data) for size, data in runs]
 
     def resolve(self, offset: int, length: int, *, for_write: bool) -> Sequence[HostExtent] | None:
         """The disk from `offset` to its end."""

@@ -20,6 +20,7 @@ from xbd.core.hostio.files import (
     direct_alignment,
     open_again,
 )
+from xbd.core.hostio.holes import data_runs
 from xbd.core.hostio.transfer import read_full, total, write_full, write_zero_bytes
 from xbd.core.hostio.zero import Space
 from xbd.core.units import GIB
@@ -114,6 +115,10 @@ class HostFile:
 
         for start, size in _pieces(offset, length):
             await self._call("write zeroes", zero, start, size)
+
+    async def data_runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """Where there is data and where holes: see `holes.data_runs`."""
+        return await self._call("look for holes in", data_runs, self.fd, offset, length)
 
     async def _call(self, what: str, function: Callable[..., T], *args: Any) -> T:
         try:
