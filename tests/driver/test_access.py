@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from xbd.core.driver import (
     BlockDevice,
+    BlockStatus,
     Capability,
     Concurrency,
     DeviceAccess,
@@ -23,6 +24,7 @@ from xbd.core.driver import (
     DriverError,
     Extent,
     Geometry,
+    HostExtent,
     MediaError,
     NoSpace,
     OpenFailed,
@@ -292,6 +294,30 @@ async def test_other_exceptions_are_bugs(make_access, caplog, bug: Exception) ->
     await access.aclose()
 
 
+@pytest.mark.parametrize(
+    "extent",
+    [
+        HostExtent(fd=-1, offset=0, length=512),
+        HostExtent(fd=0, offset=-512, length=512),
+        HostExtent(fd=0, offset=0, length=0),
+        HostExtent(fd=0, offset=0, length=-512),
+        HostExtent(fd=0, offset=1 << 62, length=1 << 63),
+    ],
+)
+async def test_a_resolve_that_tells_nonsense_is_a_bug_and_no_answer(
+    make_access, caplog, extent: HostExtent
+) -> None:
+    class Confused(Wrapper):
+        def resolve(self, offset: int, length: int, *, for_write: bool) -> list[HostExtent]:
+            return [HostExtent(fd=0, offset=0, length=512), extent]
+
+    access = make_access(4096, wrap=Confused)
+    assert access.resolve(0, 4096, for_write=False) is None
+    assert access.bugs == 1
+    assert "bug in the driver" in caplog.text
+    await access.aclose()
+
+
 async def test_a_resolve_that_raises_is_a_bug_and_no_answer(make_access, caplog) -> None:
     class Broken(Wrapper):
         def resolve(self, offset: int, length: int, *, for_write: bool) -> None:
@@ -377,6 +403,88 @@ async def test_resize_waits_for_writers_and_takes_extents_back(make_access) -> N
     await access.aclose()
 
 
+async def test_a_snapshot_is_of_one_moment(nursery) -> None:
+    writing, written, taking, taken = (trio.Event() for _ in range(4))
+
+    class Slow(Wrapper):
+        async def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
+            writing.set()
+            await written.wait()
+            await super().writev(offset, buffers)
+
+        async def create_snapshot(self, name: str) -> None:
+            taking.set()
+            await taken.wait()
+            await super().create_snapshot(name)
+
+    memory = MemoryDevice(8192)
+    access = over(Slow(memory))
+    log = []
+
+    async def forget(offset: int, length: int) -> None:
+        assert access.resolve(0, 512, for_write=True) is None
+        log.append((offset, length > 8192))
+
+    async def write(offset: int, byte: bytes) -> None:
+        await access.writev(offset, [memoryview(byte * 512)])
+        log.append(byte)
+
+    access.subscribe(forget)
+    assert access.resolve(0, 512, for_write=True) is not None
+    nursery.start_soon(write, 0, b"a")
+    await writing.wait()
+    nursery.start_soon(access.create_snapshot, "one")
+    await trio.testing.wait_all_tasks_blocked()
+    nursery.start_soon(write, 4096, b"b")
+    await trio.testing.wait_all_tasks_blocked()
+    assert access.resolve(0, 512, for_write=True) is None
+    assert access.resolve(0, 512, for_write=False) is not None
+    assert log == []
+    written.set()
+    await taking.wait()
+    await trio.testing.wait_all_tasks_blocked()
+    assert log == [b"a", (0, True)]
+    assert access.resolve(0, 512, for_write=True) is None
+    taken.set()
+    await trio.testing.wait_all_tasks_blocked()
+    assert log == [b"a", (0, True), b"b"]
+    assert memory.disk.snapshots == [("one", b"a" * 512 + bytes(7680))]
+    assert access.resolve(0, 512, for_write=True) is not None
+    await access.aclose()
+
+
+async def test_closing_waits_for_a_snapshot(nursery) -> None:
+    go_on = trio.Event()
+    memory = MemoryDevice(4096)
+    access = over(
+        FaultDevice(memory, Fault(operations={"create_snapshot"}, wait=go_on, error=None))
+    )
+    nursery.start_soon(access.create_snapshot, "one")
+    await trio.testing.wait_all_tasks_blocked()
+    nursery.start_soon(access.aclose)
+    await trio.testing.wait_all_tasks_blocked()
+    assert not memory.closed
+    go_on.set()
+    await trio.testing.wait_all_tasks_blocked()
+    assert memory.closed
+    assert memory.disk.snapshots
+    with pytest.raises(DeviceBroken, match="closed"):
+        await access.create_snapshot("two")
+
+
+async def test_without_the_capability_there_are_no_snapshots() -> None:
+    access = over(MemoryDevice(4096, capabilities=Capability.WRITE))
+    with pytest.raises(Unsupported, match="can't be kept in snapshots"):
+        await access.create_snapshot("one")
+    readonly = DeviceAccess(
+        MemoryDevice(4096, capabilities=ALL_CAPABILITIES),
+        device_id="xbdback1i51712",
+        concurrency=Concurrency.PARALLEL,
+        writable=False,
+    )
+    assert Capability.SNAPSHOT not in readonly.capabilities
+
+
 async def test_closed_is_closed(make_access) -> None:
     access = make_access(4096)
     with trio.CancelScope() as scope:
@@ -411,4 +519,107 @@ async def test_resolved_extents_are_where_the_bytes_are(make_access) -> None:
     answer = access.resolve(1024, 512, for_write=False)
     assert answer is not None
     assert os.pread(answer[0].fd, 512, answer[0].offset) == b"here" * 128
+    await access.aclose()
+
+
+# -- holes and zeroes ---------------------------------------------------------------------------
+
+
+class Telling(Wrapper):
+    """Says what it is told to say, and notes what it is asked."""
+
+    def __init__(self, inner: BlockDevice, answers: dict[int, list[BlockStatus]]) -> None:
+        super().__init__(inner)
+        self.answers = answers
+        self.asked: list[tuple[int, int]] = []
+
+    async def block_status(self, offset: int, length: int) -> Sequence[BlockStatus]:
+        self.asked.append((offset, length))
+        await trio.lowlevel.checkpoint()
+        return self.answers[offset]
+
+
+def data(length: int) -> BlockStatus:
+    return BlockStatus(length=length, hole=False, zero=False)
+
+
+def hole(length: int) -> BlockStatus:
+    return BlockStatus(length=length, hole=True, zero=True)
+
+
+async def test_block_status_covers_the_range_however_little_the_driver_says(make_access) -> None:
+    answers = {
+        0: [hole(4096), data(512)],
+        4608: [data(3584)],
+        8192: [BlockStatus(length=512, hole=False, zero=True), hole(16384 - 8704)],
+    }
+    access = make_access(16384, wrap=lambda device: Telling(device, answers))
+    told = await access.block_status(0, 16384)
+    zero = BlockStatus(length=512, hole=False, zero=True)
+    assert told == [hole(4096), data(4096), zero, hole(7680)]
+    assert access._device.asked == [(0, 16384), (4608, 11776), (8192, 8192)]
+    await access.aclose()
+
+
+async def test_block_status_of_part_of_a_block(make_access) -> None:
+    answers = {4096: [hole(4096)], 8192: [data(8192)]}
+    access = make_access(
+        16384, wrap=lambda device: Telling(device, answers), request_alignment=4096
+    )
+    assert await access.block_status(5000, 4000) == [hole(3192), data(808)]
+    assert await access.block_status(8191, 1) == [hole(1)]
+    assert await access.block_status(16384, 0) == []
+    assert access._device.asked[0] == (4096, 8192)
+    assert [offset for offset, _ in access._device.asked] == [4096, 8192, 4096]
+    await access.aclose()
+
+
+async def test_a_driver_that_knows_nothing_says_data(make_access) -> None:
+    class Ignorant(Wrapper):
+        block_status = BlockDevice.block_status
+
+    access = make_access(8192, wrap=Ignorant)
+    assert await access.block_status(512, 7680) == [data(7680)]
+    await access.aclose()
+
+
+@pytest.mark.parametrize("answer", [[], [data(0)]])
+async def test_a_driver_that_says_nothing_fails_that_request(
+    make_access, answer: list[BlockStatus]
+) -> None:
+    access = make_access(8192, wrap=lambda device: Telling(device, {0: answer}))
+    with pytest.raises(DriverError, match="nothing of byte 0"):
+        await access.block_status(0, 4096)
+    await access.aclose()
+
+
+async def test_block_status_outside_the_disk_and_of_a_failing_driver(make_access) -> None:
+    fault = Fault(operations={"block_status"}, error=lambda: OSError(errno.EIO, "bad"))
+    access = make_access(8192, wrap=lambda device: FaultDevice(device, fault))
+    with pytest.raises(DriverError, match="outside"):
+        await access.block_status(8192, 1)
+    with pytest.raises(MediaError, match="asking about 512 bytes at 0"):
+        await access.block_status(0, 512)
+    await access.aclose()
+
+
+async def test_block_status_waits_its_turn_on_a_serial_device(make_access) -> None:
+    gate = trio.Event()
+    device = FaultDevice(
+        MemoryDevice(8192), Fault(operations={"writev"}, wait=gate, error=None, times=1)
+    )
+    access = over(device, Concurrency.SERIAL)
+    told = []
+
+    async def ask() -> None:
+        told.append(await access.block_status(0, 8192))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(access.writev, 0, [memoryview(b"x" * 8192)])
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(ask)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not told
+        gate.set()
+    assert told == [[data(8192)]]
     await access.aclose()

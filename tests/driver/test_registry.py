@@ -71,7 +71,7 @@ def test_the_list_shows_what_works_and_why_the_rest_does_not(xbd: Xbd) -> None:
         "broken": "broken_driver:DRIVER: ModuleNotFoundError: No module named 'no_such_library'",
         "objectless": "AttributeError: module 'empty_module' has no attribute 'DRIVER'",
         "wanted": "offered by first-claim (first_claim:DRIVER) and second-claim",
-        "future": "was written for driver interface 1.99, this xbd has 1.0",
+        "future": "was written for driver interface 1.99, this xbd has 1.1",
     }.items():
         assert why in found[name]["error"]
         assert "\n" not in found[name]["error"]
@@ -86,7 +86,7 @@ def test_the_list_for_people(xbd: Xbd) -> None:
 
 def test_a_drivers_options_are_shown(xbd: Xbd) -> None:
     shown = json.loads(xbd("drivers", "show", "chunks", "--json").stdout)
-    assert shown["api_version"] == [1, 0]
+    assert shown["api_version"] == [1, 1]
     assert shown["concurrency"] == "serial"
     assert [option["name"] for option in shown["options"]] == ["path", "size"]
     assert shown["options"][1] == {
@@ -171,7 +171,7 @@ class NotFrozen:
         (MemoryError, DriverLoadError, "is not a DriverDescriptor"),
         (attrs.evolve(MEMORY, name="store"), DriverLoadError, "calls itself 'store'"),
         (attrs.evolve(MEMORY, api_version=(2, 0)), DriverApiMismatch, r"interface 2\.0"),
-        (attrs.evolve(MEMORY, api_version=(1, 1)), DriverApiMismatch, r"interface 1\.1"),
+        (attrs.evolve(MEMORY, api_version=(1, 99)), DriverApiMismatch, r"interface 1\.99"),
         (attrs.evolve(MEMORY, api_version="1.0"), DriverApiMismatch, "interface '1.0'"),
         (attrs.evolve(MEMORY, options=NotFrozen), DriverLoadError, "not frozen"),
     ],

@@ -9,6 +9,7 @@ from xbd.core.driver.api import (
     ENTRY_POINT_GROUP,
     BlockDevice,
     BlockingRunner,
+    BlockStatus,
     Capability,
     Concurrency,
     DriverDescriptor,
@@ -17,6 +18,15 @@ from xbd.core.driver.api import (
     HostExtent,
     OpenContext,
     ProbeScore,
+)
+from xbd.core.driver.image import (
+    Backing,
+    CheckReport,
+    ImageFormat,
+    ImageInfo,
+    MapEntry,
+    Progress,
+    SnapshotInfo,
 )
 from xbd.core.driver.open import open_disk, open_with
 from xbd.core.driver.options import (
@@ -46,9 +56,12 @@ from xbd.core.errors import (
 __all__ = [
     "API_VERSION",
     "ENTRY_POINT_GROUP",
+    "Backing",
     "BlockDevice",
+    "BlockStatus",
     "BlockingRunner",
     "Capability",
+    "CheckReport",
     "Concurrency",
     "ConfigError",
     "Converter",
@@ -60,6 +73,9 @@ __all__ = [
     "Extent",
     "Geometry",
     "HostExtent",
+    "ImageFormat",
+    "ImageInfo",
+    "MapEntry",
     "MediaError",
     "NoSpace",
     "OpenContext",
@@ -67,6 +83,8 @@ __all__ = [
     "OptionError",
     "OptionInfo",
     "ProbeScore",
+    "Progress",
+    "SnapshotInfo",
     "Unsupported",
     "absolute_path",
     "boolean",

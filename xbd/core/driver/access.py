@@ -8,13 +8,23 @@ from __future__ import annotations
 import errno
 import logging
 import mmap
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Final
 
+import attrs
 import trio
 
-from xbd.core.driver.api import BlockDevice, Capability, Concurrency, Extent, Geometry, HostExtent
+from xbd.core.driver.api import (
+    BlockDevice,
+    BlockStatus,
+    Capability,
+    Concurrency,
+    Extent,
+    Geometry,
+    HostExtent,
+)
 from xbd.core.driver.buffers import Cursor, aligned_buffer, gather, is_aligned, scatter, total
 from xbd.core.driver.failures import request_error
 from xbd.core.driver.geometry import geometry_problem, request_unit
@@ -25,7 +35,11 @@ from xbd.core.units import MIB
 _log = logging.getLogger(__name__)
 
 _NEEDS_WRITING: Final = (
-    Capability.WRITE | Capability.DISCARD | Capability.WRITE_ZEROES | Capability.RESIZE
+    Capability.WRITE
+    | Capability.DISCARD
+    | Capability.WRITE_ZEROES
+    | Capability.RESIZE
+    | Capability.SNAPSHOT
 )
 _END_OF_EVERYTHING: Final = 1 << 63
 _zeroes: Final = memoryview(mmap.mmap(-1, MIB, prot=mmap.PROT_READ | mmap.PROT_WRITE))
@@ -58,8 +72,12 @@ class DeviceAccess:
         self._device = device
         self._ranges = RangeLock()
         self._serial = trio.Lock() if concurrency is Concurrency.SERIAL else None
+        self._order = trio.Lock()
+        """Held while what an administrator asked for is done.  It is not the guest who waits for
+        it, so nobody else would keep the disk from being closed meanwhile."""
         self._listeners: list[Invalidate] = []
         self._closed = False
+        self._condemned: str | None = None
         self._adopt(device.geometry)
 
     # -- what it is -------------------------------------------------------------------------
@@ -227,29 +245,86 @@ class DeviceAccess:
             )
         async with self._ranges.hold(0, _END_OF_EVERYTHING, exclusive=True):
             await self.invalidate(min(size, old), _END_OF_EVERYTHING)
-            geometry = await self._call("resizing", 0, size, partial(self._device.resize, size))
-            self._adopt(geometry)
+            async with self.kept_open():
+                geometry = await self._call("resizing", 0, size, partial(self._device.resize, size))
+                self._adopt(geometry)
             # While the driver worked, reading could still be resolved.
             await self.invalidate(min(size, old), _END_OF_EVERYTHING)
         return self._geometry
+
+    async def create_snapshot(self, name: str) -> None:
+        """Keep the disk, inside its image, as all finished calls and resolved I/O left it.
+
+        Waits for those who are just writing; who wants to write waits until it is done.
+        """
+        self._require(Capability.SNAPSHOT, "kept in snapshots")
+        creating = partial(self._device.create_snapshot, name)
+        async with self._ranges.hold(0, _END_OF_EVERYTHING, exclusive=True):
+            # From here on nothing resolves for writing: see `resolve`.
+            await self.invalidate(0, _END_OF_EVERYTHING)
+            async with self.kept_open():
+                await self._call("taking a snapshot of", 0, self._geometry.size, creating)
+
+    def condemn(self, reason: str) -> None:
+        """Nothing can be done any more but to close it: everything else raises `DeviceBroken`."""
+        self._condemned = reason
+
+    def require_sound(self) -> None:
+        """Raises `DeviceBroken` if it was condemned."""
+        if self._condemned is not None:
+            raise DeviceBroken(f"{self.device_id}: {self._condemned}")
+
+    @asynccontextmanager
+    async def kept_open(self) -> AsyncIterator[None]:
+        """`aclose` waits meanwhile; for one at a time.  Raises `DeviceBroken` if it is closed."""
+        async with self._order:
+            self._check(0, 0)
+            yield
 
     async def aclose(self) -> None:
         """Release everything, even when cancelled.  Idempotent; implies no flush."""
         if not self._closed:
             self._closed = True
             with trio.CancelScope(shield=True):
-                await self._call("closing", 0, 0, self._device.aclose)
+                async with self._order:
+                    await self._call("closing", 0, 0, self._device.aclose)
+
+    async def block_status(self, offset: int, length: int) -> list[BlockStatus]:
+        """What lies in the range; the answers cover exactly it, neighbours of one kind as one."""
+        end = offset + length
+        self._check(offset, end)
+        told: list[BlockStatus] = []
+        while offset < end:
+            low, high = self._widen(offset, end)
+            asking = partial(self._device.block_status, low, high - low)
+            answer: Sequence[BlockStatus] = await self._call("asking about", low, high, asking)
+            at = low
+            for status in answer:
+                stop = min(at + status.length, end)
+                if stop > offset:
+                    _append(told, attrs.evolve(status, length=stop - offset))
+                    offset = stop
+                at = stop
+            if at <= low:
+                raise DriverError(f"{self.device_id}: the driver tells nothing of byte {low}")
+        return told
 
     # -- resolved extents -------------------------------------------------------------------
 
     def resolve(self, offset: int, length: int, *, for_write: bool) -> Sequence[HostExtent] | None:
         """Where these bytes lie in host files: see `BlockDevice.resolve`."""
-        if self._closed or (for_write and Capability.WRITE not in self.capabilities):
+        if self._closed or self._condemned is not None:
+            return None
+        if for_write and Capability.WRITE not in self.capabilities:
             return None
         try:
             answer = self._device.resolve(offset, length, for_write=for_write)
         except Exception as error:
             self._failure("resolving", offset, offset + length, error)
+            return None
+        if not all(map(_is_possible, answer or ())):
+            bug = ValueError(f"an answer that can't be: {answer}")
+            self._failure("resolving", offset, offset + length, bug)
             return None
         if not answer or not for_write:
             return answer
@@ -309,11 +384,24 @@ class DeviceAccess:
     def _check(self, start: int, stop: int) -> None:
         if self._closed:
             raise DeviceBroken(f"{self.device_id}: is closed", errno=errno.EBADF)
+        self.require_sound()
         if not 0 <= start <= stop <= self._geometry.size:
             raise DriverError(
                 f"{self.device_id}: {stop - start} bytes at {start} are outside the disk",
                 errno=errno.EINVAL,
             )
+
+
+def _is_possible(extent: HostExtent) -> bool:
+    end = extent.offset + extent.length
+    return extent.fd >= 0 and 0 <= extent.offset < end <= _END_OF_EVERYTHING
+
+
+def _append(told: list[BlockStatus], status: BlockStatus) -> None:
+    if told and (told[-1].hole, told[-1].zero) == (status.hole, status.zero):
+        told[-1] = attrs.evolve(status, length=told[-1].length + status.length)
+    else:
+        told.append(status)
 
 
 def _cut(extents: Sequence[HostExtent], length: int) -> list[HostExtent] | None:

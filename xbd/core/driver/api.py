@@ -14,7 +14,9 @@ from typing import Any, Final, Generic, TypeVar
 
 import attrs
 
-API_VERSION: Final = (1, 0)
+from xbd.core.driver.image import ImageFormat
+
+API_VERSION: Final = (1, 1)
 """A driver needs the same major number and at most this minor number."""
 
 ENTRY_POINT_GROUP: Final = "xbd.drivers"
@@ -34,6 +36,7 @@ class Capability(enum.Flag):
     WRITE_ZEROES = enum.auto()
     """`write_zeroes` is cheaper than writing zeroes; without it the core writes zeroes."""
     RESIZE = enum.auto()
+    SNAPSHOT = enum.auto()
 
 
 class Concurrency(enum.Enum):
@@ -78,6 +81,17 @@ class HostExtent:
     fd: int
     offset: int
     length: int
+
+
+@attrs.frozen(kw_only=True)
+class BlockStatus:
+    """What is known of a range of the guest's disk, from where the last one ended."""
+
+    length: int
+    hole: bool
+    """Nothing is stored for it here."""
+    zero: bool
+    """It reads as zeroes."""
 
 
 class BlockDevice(abc.ABC):
@@ -129,6 +143,21 @@ class BlockDevice(abc.ABC):
         """Change the size; returns the new geometry."""
         raise NotImplementedError
 
+    async def create_snapshot(self, name: str) -> None:
+        """Keep, inside the image, the disk as all that has returned before this call left it.
+
+        Nothing is being written, zeroed or discarded, and nothing resolves for writing, until
+        this returns; what was resolved before was taken back.
+        """
+        raise NotImplementedError
+
+    async def block_status(self, offset: int, length: int) -> Sequence[BlockStatus]:
+        """What lies in the range: at least its first byte is told of, at most the disk's end.
+
+        A driver that does not know says nothing of holes and zeroes.
+        """
+        return (BlockStatus(length=length, hole=False, zero=False),)
+
     def resolve(self, offset: int, length: int, *, for_write: bool) -> Sequence[HostExtent] | None:
         """Where these bytes lie in host files, if they simply lie there.
 
@@ -162,7 +191,8 @@ class OpenContext:
     """``await invalidate(offset, length)``: forget answers of `resolve` for this range of the
     guest's disk.  Returns when no I/O through an old answer is in flight any more; it waits for
     nothing else, so it may be awaited inside any method.  From before the call until after it
-    `resolve` must not give the old answer any more."""
+    `resolve` must not give the old answer any more.  Raises `DeviceBroken` when storage does not
+    answer: then the disk is closed, and what lies there must be left alone."""
     image_dirs: Sequence[Path] = ()
     """Directories in which files that an image names may be opened; empty: none."""
 
@@ -193,3 +223,5 @@ class DriverDescriptor(Generic[OptionsT]):
     """Opens the disk; raises `OpenFailed` or `ConfigError`.  Leaving the context closes it."""
     probe: Callable[[bytes], ProbeScore] | None = None
     """Given an image's first 64 KiB; pure.  Used for warnings only, never to pick a driver."""
+    image_format: Callable[[], ImageFormat] | None = None
+    """For drivers of image formats: what ``xbd image`` does to an image that is not in use."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import attrs
-import trio
 
 from xbd.core.driver.access import DeviceAccess
 from xbd.core.driver.api import BlockDevice, Concurrency, DriverDescriptor, OpenContext
@@ -18,6 +17,7 @@ from xbd.core.driver.failures import open_error, request_error
 from xbd.core.driver.options import parse_options
 from xbd.core.driver.spec import DiskSpec
 from xbd.core.errors import ConfigError, DeviceBroken, DriverError, OpenFailed, OptionError
+from xbd.core.hostio.workers import Workers
 
 _log = logging.getLogger(__name__)
 
@@ -89,10 +89,12 @@ async def open_device(
 ) -> AsyncIterator[DeviceAccess]:
     """As `open_disk`, with a function that opens the device; `name` is for error texts."""
     session = _Session(name, device_id)
+    # A device has threads of its own: one guest's dead storage must not take those of the others.
+    workers = Workers(1 if concurrency is Concurrency.SERIAL else BLOCKING_THREADS, device_id)
     context = OpenContext(
         device_id=device_id,
         writable=writable,
-        run_blocking=_blocking_runner(concurrency),
+        run_blocking=workers.run,
         invalidate=session.invalidate,
         image_dirs=tuple(image_dirs),
     )
@@ -113,6 +115,8 @@ async def open_device(
         raise
     except Exception as error:
         session.driver_failed(error)
+    finally:
+        workers.close()
     if session.users_error is not None:
         raise session.users_error
 
@@ -160,16 +164,3 @@ class _Session:
         if self.access is None:
             return OpenFailed(f"cannot open {text}", errno=errno.EIO)
         return DeviceBroken(f"{self.device_id}: {text}", errno=errno.EIO)
-
-
-def _blocking_runner(concurrency: Concurrency) -> Callable[..., Any]:
-    # A limiter per device: one guest's dead storage must not take the threads of the others.
-    limiter = trio.CapacityLimiter(1 if concurrency is Concurrency.SERIAL else BLOCKING_THREADS)
-
-    async def run_blocking(function: Callable[..., Any], *args: Any) -> Any:
-        # Never abandoned: the thread may be writing to memory that a guest is about to get back.
-        return await trio.to_thread.run_sync(
-            function, *args, limiter=limiter, abandon_on_cancel=False
-        )
-
-    return run_blocking

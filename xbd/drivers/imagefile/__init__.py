@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from xbd.core.driver import API_VERSION, Capability, Concurrency, DriverDescriptor
+from xbd.core.driver import API_VERSION, Capability, Concurrency, DriverDescriptor, ImageFormat
 from xbd.drivers.imagefile.device import open_imagefile
 from xbd.drivers.imagefile.options import ImagefileOptions
+
+
+def _image_format() -> ImageFormat:
+    # A daemon has no use for it.
+    from xbd.drivers.imagefile.format import ImagefileFormat
+
+    return ImagefileFormat()
+
 
 DRIVER = DriverDescriptor(
     name="imagefile",
@@ -20,5 +28,6 @@ DRIVER = DriverDescriptor(
         | Capability.RESIZE
     ),
     open=open_imagefile,
+    image_format=_image_format,
 )
 """The entry point."""

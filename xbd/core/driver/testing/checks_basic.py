@@ -8,6 +8,7 @@ from typing import Final
 
 import trio
 
+from xbd.core.driver.access import DeviceAccess
 from xbd.core.driver.api import BlockDevice, Capability, Extent
 from xbd.core.driver.geometry import request_unit
 from xbd.core.driver.testing.bench import (
@@ -28,6 +29,7 @@ _METHODS: Final = {
     Capability.DISCARD: "discard",
     Capability.WRITE_ZEROES: "write_zeroes",
     Capability.RESIZE: "resize",
+    Capability.SNAPSHOT: "create_snapshot",
 }
 
 
@@ -42,7 +44,7 @@ async def check_promises(bench: Bench) -> None:
                 f"{capability} is claimed, but {method} is not implemented"
             )
         assert Capability.WRITE in device.capabilities or not device.capabilities & (
-            Capability.DISCARD | Capability.WRITE_ZEROES | Capability.RESIZE
+            Capability.DISCARD | Capability.WRITE_ZEROES | Capability.RESIZE | Capability.SNAPSHOT
         ), "what changes the disk is claimed without WRITE"
         await read(access, 0, geometry.logical_block)
         assert device.geometry == geometry, "the geometry changed without a resize"
@@ -124,6 +126,49 @@ async def check_discard(bench: Bench) -> None:
         assert await read(access, 0, size) == data
 
 
+async def check_block_status(bench: Bench) -> None:
+    """What is told of holes and zeroes is true, before and after changes, up to the disk's end."""
+    async with bench.open() as access:
+        size, unit = span(access), request_unit(access.geometry)
+        await _check_status(access)
+        if not can(access, Capability.WRITE):
+            return
+        third = size // 3 - size // 3 % unit
+        await write(access, 0, noise(size, 11))
+        await access.write_zeroes(0, third, may_unmap=True)
+        if can(access, Capability.DISCARD):
+            await access.discard([Extent(offset=third, length=third)])
+        await _check_status(access)
+        await write(access, unit, noise(unit, 12))
+        await write(access, third, noise(unit, 13))
+        await _check_status(access)
+    async with bench.open(writable=False) as access:
+        await _check_status(access)
+
+
+async def _check_status(access: DeviceAccess) -> None:
+    """Ask in pieces and at once, at both ends of the disk, and read what is said to be zero."""
+    size, unit, end = span(access), request_unit(access.geometry), access.geometry.size
+    tail = max(end - size - (end - size) % unit, 0)
+    for start, stop, step in ((0, size, size // 5), (0, size, size), (tail, end, size)):
+        step = max(step - step % unit, unit)
+        while start < stop:
+            length = min(step, stop - start)
+            told = await access.device.block_status(start, length)
+            assert told, f"nothing is told of byte {start}"
+            assert all(status.length > 0 for status in told), "an empty range is told of"
+            assert start + sum(status.length for status in told) <= end, (
+                "block_status tells of more than the disk has"
+            )
+            at = start
+            for status in told:
+                if status.zero:
+                    content = await read(access, at, min(status.length, size))
+                    assert not any(content), f"zeroes are told at {at} where there are none"
+                at += status.length
+            start += length
+
+
 async def check_resize(bench: Bench) -> None:
     """A device grows and shrinks; what remains is unchanged."""
     async with bench.open() as access:
@@ -143,6 +188,26 @@ async def check_resize(bench: Bench) -> None:
         else:
             assert access.geometry.size == old
         assert await read(access, 0, size) == noise(size, 5)
+
+
+async def check_snapshots(bench: Bench) -> None:
+    """A snapshot changes nothing that is read, and everything can be written after it."""
+    async with bench.open() as access:
+        if not can(access, Capability.SNAPSHOT):
+            return
+        size, unit = span(access), request_unit(access.geometry)
+        model = bytearray(noise(size, 14))
+        await write(access, 0, bytes(model))
+        for seed in (15, 16):
+            await access.create_snapshot(f"check {seed}")
+            assert await read(access, 0, size) == model, "a snapshot changed the disk"
+            for start, length in ((unit, unit), (size // 2, 3), (size - 5 * unit, 5 * unit)):
+                data = noise(length, seed)
+                await write(access, start, data)
+                model[start : start + length] = data
+            await access.write_zeroes(0, unit)
+            model[:unit] = bytes(unit)
+            assert await read(access, 0, size) == model, "writing after a snapshot failed"
 
 
 async def check_reopening(bench: Bench) -> None:

@@ -9,13 +9,23 @@ from typing import Final
 import attrs
 import trio
 
-from xbd.core.driver.api import BlockDevice, Extent, Geometry, HostExtent
+from xbd.core.driver.api import BlockDevice, BlockStatus, Extent, Geometry, HostExtent
 from xbd.core.driver.buffers import total
 from xbd.core.driver.testing.wrapper import Wrapper
 from xbd.core.errors import MediaError
 
 OPERATIONS: Final = frozenset(
-    {"readv", "writev", "flush", "discard", "write_zeroes", "resize", "aclose"}
+    {
+        "readv",
+        "writev",
+        "flush",
+        "discard",
+        "write_zeroes",
+        "resize",
+        "create_snapshot",
+        "block_status",
+        "aclose",
+    }
 )
 
 Trigger = Callable[[str, int, int], bool]
@@ -95,6 +105,17 @@ class FaultDevice(Wrapper):
         geometry = await super().resize(size)
         _raise(late)
         return geometry
+
+    async def create_snapshot(self, name: str) -> None:
+        late = await self._meet("create_snapshot", 0, 0)
+        await super().create_snapshot(name)
+        _raise(late)
+
+    async def block_status(self, offset: int, length: int) -> Sequence[BlockStatus]:
+        late = await self._meet("block_status", offset, length)
+        told = await super().block_status(offset, length)
+        _raise(late)
+        return told
 
     def resolve(self, offset: int, length: int, *, for_write: bool) -> Sequence[HostExtent] | None:
         if self.faults:

@@ -14,6 +14,7 @@ import trio
 from xbd.core.driver.api import (
     API_VERSION,
     BlockDevice,
+    BlockStatus,
     Capability,
     Concurrency,
     DriverDescriptor,
@@ -26,6 +27,7 @@ from xbd.core.driver.buffers import is_aligned, total
 from xbd.core.driver.geometry import request_unit
 from xbd.core.driver.options import boolean, option, positive_int, size, text
 from xbd.core.errors import NoSpace
+from xbd.core.hostio.holes import data_runs
 from xbd.core.units import MIB
 
 ALL_CAPABILITIES: Final = (
@@ -34,6 +36,7 @@ ALL_CAPABILITIES: Final = (
     | Capability.DISCARD
     | Capability.WRITE_ZEROES
     | Capability.RESIZE
+    | Capability.SNAPSHOT
 )
 _SPACE_UNIT: Final = 4096
 _IOV_MAX: Final = 1024
@@ -45,6 +48,8 @@ class MemoryDisk:
     def __init__(self, size: int) -> None:
         self.fd = _anonymous_file()
         os.ftruncate(self.fd, size)
+        self.snapshots: list[tuple[str, bytes]] = []
+        """Names and contents."""
 
     def __del__(self) -> None:
         os.close(self.fd)
@@ -129,6 +134,17 @@ class MemoryDevice(BlockDevice):
         os.ftruncate(self._fd, size)
         self._geometry = attrs.evolve(self._geometry, size=size)
         return self._geometry
+
+    async def create_snapshot(self, name: str) -> None:
+        await self._begin(Capability.SNAPSHOT, 0, 0)
+        self.disk.snapshots.append((name, self.disk.content))
+
+    async def block_status(self, offset: int, length: int) -> Sequence[BlockStatus]:
+        await self._begin(Capability.NONE, offset, length)
+        return [
+            BlockStatus(length=size, hole=not data, zero=not data)
+            for size, data in data_runs(self._fd, offset, length)
+        ]
 
     def resolve(self, offset: int, length: int, *, for_write: bool) -> Sequence[HostExtent] | None:
         bounded = for_write and self._space is not None

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from xbd.core.driver.api import BlockDevice, Capability, Extent, Geometry, HostExtent
+from xbd.core.driver.api import (
+    BlockDevice,
+    BlockStatus,
+    Capability,
+    Extent,
+    Geometry,
+    HostExtent,
+)
 
 
 class Wrapper(BlockDevice):
@@ -38,6 +45,12 @@ class Wrapper(BlockDevice):
 
     async def resize(self, size: int) -> Geometry:
         return await self.inner.resize(size)
+
+    async def create_snapshot(self, name: str) -> None:
+        await self.inner.create_snapshot(name)
+
+    async def block_status(self, offset: int, length: int) -> Sequence[BlockStatus]:
+        return await self.inner.block_status(offset, length)
 
     def resolve(self, offset: int, length: int, *, for_write: bool) -> Sequence[HostExtent] | None:
         return self.inner.resolve(offset, length, for_write=for_write)
