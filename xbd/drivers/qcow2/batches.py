@@ -1,0 +1,97 @@
+"""Many requests, few thread hops: those that arrive together are worked off together."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Final, Generic, TypeVar
+
+import attrs
+import trio
+
+RequestT = TypeVar("RequestT")
+
+MOST_REQUESTS: Final = 128
+"""In one batch: bounds its memory, and how long the first one waits for the last."""
+
+MOST_BATCHES: Final = 4
+"""Under way at a time."""
+
+PATIENCE_SECONDS: Final = 0.002
+"""How long a batch is alone.  What arrives meanwhile makes the next one: two threads that compute
+at a time get in each other's way.  When storage is slow, the next batch does not wait for it."""
+
+
+@attrs.define(eq=False)
+class _Waiting(Generic[RequestT]):
+    request: RequestT
+    task: trio.lowlevel.Task
+    done: bool = False
+    error: BaseException | None = None
+
+
+class Batches(Generic[RequestT]):
+    """Runs ``await work(requests)``, shielded from cancellation, in the task of one of them.
+
+    `work` notes the failure of a single request in that request; what it raises concerns all.
+    """
+
+    def __init__(self, work: Callable[[list[RequestT]], Awaitable[None]]) -> None:
+        self._work = work
+        self._queue: deque[_Waiting[RequestT]] = deque()
+        self._running = 0
+        self._gathering = False
+        """Whether the first in the queue is about to lead a batch."""
+        self._began = 0.0
+        """When the last batch did."""
+
+    async def run(self, request: RequestT) -> None:
+        """Returns when the batch with this request has ended; can't be cancelled before."""
+        mine = _Waiting(request, trio.lowlevel.current_task())
+        self._queue.append(mine)
+        begins = not self._gathering and self._may_begin()
+        self._gathering = self._gathering or begins
+        if begins and self._queue[0] is mine:
+            # Those who were woken together with this task come along.
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        else:
+            if begins:
+                trio.lowlevel.reschedule(self._queue[0].task)
+            await trio.lowlevel.wait_task_rescheduled(_never_aborted)
+        if not mine.done:
+            with trio.CancelScope(shield=True):
+                await self._lead()
+        if mine.error is not None:
+            raise mine.error
+
+    def _may_begin(self) -> bool:
+        if not self._running:
+            return True
+        waited = trio.current_time() - self._began
+        return self._running < MOST_BATCHES and waited > PATIENCE_SECONDS
+
+    async def _lead(self) -> None:
+        """Work off what waits; whoever calls is the first of it."""
+        self._gathering = False
+        self._running += 1
+        self._began = trio.current_time()
+        count = min(len(self._queue), MOST_REQUESTS)
+        batch = [self._queue.popleft() for _ in range(count)]
+        error: BaseException | None = None
+        try:
+            await self._work([waiting.request for waiting in batch])
+        except BaseException as raised:
+            error = raised
+        for waiting in batch:
+            waiting.done = True
+            waiting.error = error
+        for waiting in batch[1:]:
+            trio.lowlevel.reschedule(waiting.task)
+        self._running -= 1
+        if self._queue and not self._gathering:
+            self._gathering = True
+            trio.lowlevel.reschedule(self._queue[0].task)
+
+
+def _never_aborted(_: object) -> trio.lowlevel.Abort:
+    return trio.lowlevel.Abort.FAILED

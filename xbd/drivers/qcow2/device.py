@@ -1,0 +1,272 @@
+"""A qcow2 image as a block device: the blocking `Image` behind trio.
+
+What lies in plain clusters is resolved, and moved by the core.  Everything else comes here:
+writes that arrive together share a thread hop, and are planned, written and linked together.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, Final
+
+import attrs
+import trio
+
+from xbd.core.driver import (
+    BlockDevice,
+    BlockStatus,
+    Capability,
+    Extent,
+    Geometry,
+    HostExtent,
+    OpenContext,
+    OpenFailed,
+    Unsupported,
+)
+from xbd.core.hostio.hostfile import CACHE_NONE, CACHE_WRITEBACK
+from xbd.core.hostio.locks import while_busy
+from xbd.core.units import MIB
+from xbd.drivers.qcow2 import snapshots
+from xbd.drivers.qcow2.batches import Batches
+from xbd.drivers.qcow2.compressing import CompressedWriter
+from xbd.drivers.qcow2.host import PAGE
+from xbd.drivers.qcow2.image import Image
+from xbd.drivers.qcow2.layout import SECTOR
+from xbd.drivers.qcow2.opening import Wishes, open_image
+from xbd.drivers.qcow2.options import Qcow2Options
+from xbd.drivers.qcow2.reading import ReadRequest
+from xbd.drivers.qcow2.secrets import read_secret
+from xbd.drivers.qcow2.sizing import set_size, size_problem
+from xbd.drivers.qcow2.writing import Writer, WriteRequest
+from xbd.drivers.qcow2.zeroing import Zeroer
+
+_EVERYTHING: Final = 1 << 63
+
+SCAN_ENTRIES: Final = 128
+"""Clusters or subclusters that one answer of `resolve` looks at: some 10 us at most."""
+
+
+@asynccontextmanager
+async def open_qcow2(context: OpenContext, options: Qcow2Options) -> AsyncIterator[BlockDevice]:
+    """Open an image; raises `OpenFailed`.
+
+    What is busy is tried again for a moment: the kernel may still be finishing requests of a
+    daemon that was killed, and keeps its lock until then.
+    """
+    opening = partial(context.run_blocking, _open, context, options)
+    image: Image = await while_busy(opening)
+    device = Qcow2Device(
+        context, image, discard=options.discard == "unmap", compress=options.compress
+    )
+    try:
+        yield device
+    finally:
+        with trio.CancelScope(shield=True):
+            await device.aclose()
+
+
+def _open(context: OpenContext, options: Qcow2Options) -> Image:
+    wishes = Wishes(
+        writable=context.writable,
+        direct=options.cache != CACHE_WRITEBACK,
+        lock=options.locking,
+        image_dirs=context.image_dirs,
+        backing_format=options.backing_format,
+        data_file=options.data_file,
+        key=read_secret(options.key_file, options.key_credential),
+        cache_bytes=options.l2_cache_size,
+    )
+    image = open_image(options.path, wishes)
+    if options.cache == CACHE_NONE and not image.data_host.direct:
+        image.close()
+        raise OpenFailed(
+            f"{image} can't be used without the page cache, because of its filesystem or its "
+            "clusters of less than 4 KiB: set cache=writeback",
+            errno=errno.EINVAL,
+        )
+    if options.compress and (image.cipher is not None or image.data_host is not image.host):
+        image.close()
+        raise OpenFailed(
+            f"{image} can't have compressed clusters, because it is encrypted or has an external "
+            "data file: leave compress out",
+            errno=errno.EINVAL,
+        )
+    return image
+
+
+@attrs.define(eq=False)
+class Served:
+    """What a call of `serve_blocking` leaves to do."""
+
+    moved: list[tuple[int, int]]
+    """Ranges (offset and length) of the disk that lie elsewhere now: answers of `resolve` for them
+    have to be taken back."""
+    end: Callable[[], None]
+    """To be called, once and from any thread, when nobody uses those answers any more: what was
+    there before is not used again until then."""
+
+
+class Qcow2Device(BlockDevice):
+    """An open image."""
+
+    def __init__(
+        self,
+        context: OpenContext,
+        image: Image,
+        *,
+        discard: bool,
+        compress: bool,
+    ) -> None:
+        self.image = image
+        self._context = context
+        self._run = context.run_blocking
+        self._writer = Writer(image)
+        self._zeroer = Zeroer(image, self._writer)
+        # Apart, because writes may wait for the disk.
+        self._reads = Batches(self._serve)
+        self._writes = Batches(self._serve)
+        self._write = (
+            CompressedWriter(image, self._writer).write if compress else self._writer.write
+        )
+        self._discard = discard
+        self._closed = False
+        self._stopped = False
+        """Nothing is written any more, not even through what was resolved for it."""
+
+    @property
+    def geometry(self) -> Geometry:
+        image = self.image
+        alignment = image.data_host.alignment
+        return Geometry(
+            size=image.size - image.size % SECTOR,
+            physical_block=PAGE,
+            request_alignment=alignment.offset,
+            memory_alignment=alignment.memory,
+            discard_granularity=image.tables.subcluster_size,
+            # Only whole clusters can be compressed.
+            max_transfer=max(MIB, image.header.cluster_size),
+        )
+
+    @property
+    def capabilities(self) -> Capability:
+        if not self._context.writable:
+            return Capability.NONE
+        capabilities = Capability.WRITE | Capability.FLUSH
+        capabilities |= Capability.WRITE_ZEROES
+        if self.image.data_host is self.image.host and size_problem(self.image.header) is None:
+            capabilities |= Capability.RESIZE
+        if snapshots.possible(self.image):
+            capabilities |= Capability.SNAPSHOT
+        return capabilities | Capability.DISCARD if self._discard else capabilities
+
+    # -- data ---------------------------------------------------------------------------------
+
+    async def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        if self.image.read_known(offset, buffers):
+            await trio.lowlevel.checkpoint()
+            return
+        request = ReadRequest(offset, buffers)
+        await self._reads.run(request)
+        if request.error is not None:
+            raise request.error
+
+    async def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        request = WriteRequest(offset, buffers)
+        await self._writes.run(request)
+        if request.error is not None:
+            raise request.error
+
+    async def _serve(self, requests: Sequence[ReadRequest | WriteRequest]) -> None:
+        served: Served = await self._run(self.serve_blocking, requests)
+        try:
+            for offset, length in served.moved:
+                await self._context.invalidate(offset, length)
+            await self._stop_if_broken()
+        finally:
+            served.end()
+
+    def serve_blocking(self, requests: Sequence[ReadRequest | WriteRequest]) -> Served:
+        """Read and write in the calling thread; each request's `error` says how it went.
+
+        For any thread, and any number of them at a time; only requests in different calls that
+        touch the same bytes are in no order.  In one call reads come first.  The caller has to
+        invalidate what has moved, and to `end` what this returns then.
+        """
+        reads = [request for request in requests if isinstance(request, ReadRequest)]
+        writes = [request for request in requests if isinstance(request, WriteRequest)]
+        if reads:
+            self.image.read(reads)
+        token = self.image.enter()
+        try:
+            return Served(self._write(writes) if writes else [], partial(self.image.leave, token))
+        except BaseException:
+            self.image.leave(token)
+            raise
+
+    async def _stop_if_broken(self) -> None:
+        """An image found to be corrupt is not written to: take back what was resolved for that."""
+        if self.image.broken is not None and not self._stopped:
+            self._stopped = True
+            await self._context.invalidate(0, _EVERYTHING)
+
+    async def flush(self) -> None:
+        try:
+            await self._run(self.image.flush)
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._stop_if_broken()
+
+    async def discard(self, extents: Sequence[Extent]) -> None:
+        for extent in extents:
+            await self._change(extent.offset, extent.length, self._zeroer.discard)
+
+    async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool) -> None:
+        zero = partial(self._zeroer.zero, may_unmap=may_unmap and self._discard)
+        await self._change(offset, length, zero)
+
+    async def _change(self, offset: int, length: int, change: Any) -> None:
+        # What is released may still be written to through an answer of `resolve`; it is not used
+        # again before the last of those writes has ended.
+        token = self.image.enter()
+        try:
+            with trio.CancelScope(shield=True):
+                try:
+                    await self._run(change, offset, length)
+                finally:
+                    await self._context.invalidate(offset, length)
+                    await self._stop_if_broken()
+        finally:
+            self.image.leave(token)
+
+    async def resize(self, size: int) -> Geometry:
+        if size < self.image.size:
+            raise Unsupported(
+                f"{self.image} can be made smaller only when it is not in use: xbd image resize"
+            )
+        await self._run(set_size, self.image, self._zeroer, size)
+        return self.geometry
+
+    async def create_snapshot(self, name: str) -> None:
+        await self._run(snapshots.create, self.image, name)
+
+    # -- what lies where ----------------------------------------------------------------------
+
+    async def block_status(self, offset: int, length: int) -> Sequence[BlockStatus]:
+        told: Sequence[BlockStatus] = await self._run(self.image.block_status, offset, length)
+        return told
+
+    def resolve(self, offset: int, length: int, *, for_write: bool) -> Sequence[HostExtent] | None:
+        if self._closed:
+            return None
+        # More than is asked for: the answer is kept, and this is not asked for every request.
+        reach = max(length, SCAN_ENTRIES * self.image.tables.subcluster_size)
+        extent = self.image.resolve(offset, reach, for_write=for_write)
+        return None if extent is None else (extent,)
+
+    async def aclose(self) -> None:
+        if not self._closed:
+            self._closed = True
+            await self._run(self.image.close)

@@ -1,0 +1,186 @@
+"""Compressed clusters on their way to those who read them: many at a time, and each only once.
+
+Packed bytes that lie together are read together.  Clusters are unpacked on all CPUs that the
+process may use, because a codec gives the GIL up while it works.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Final
+
+import attrs
+
+from xbd.core.driver import DriverError
+from xbd.core.units import KIB, MIB
+from xbd.drivers.qcow2.compressed import ClusterCache, Codec
+from xbd.drivers.qcow2.errors import CorruptImage
+from xbd.drivers.qcow2.host import Host
+from xbd.drivers.qcow2.layout import compressed_extent
+
+_MOST_AT_A_TIME: Final = 4 * MIB
+"""Of unpacked bytes: bounds the memory of one call."""
+
+_LONGEST_READ: Final = MIB
+_LONGEST_GAP: Final = 4 * KIB
+"""Between packed clusters that are read together."""
+
+_MOST_THREADS: Final = 4
+
+
+@attrs.define(eq=False)
+class _Job:
+    """One cluster to unpack."""
+
+    entry: int
+    length: int
+    """How much of it is wanted."""
+    offset: int
+    packed_length: int
+    packed: bytes | memoryview | DriverError = b""
+    result: bytes | DriverError = b""
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.packed_length
+
+
+class Unpacker:
+    """The compressed clusters of one image.  Thread-safe."""
+
+    def __init__(
+        self, host: Host, cluster_bits: int, clusters: ClusterCache, codec: Callable[[], Codec]
+    ) -> None:
+        """`codec` makes one, or raises `OpenFailed`."""
+        self._host = host
+        self._bits = cluster_bits
+        self._size = 1 << cluster_bits
+        self._clusters = clusters
+        self._codec = codec
+
+    def known(self, entry: int, need: int) -> bytes | None:
+        """At least the first `need` bytes of the cluster that an L2 entry names, if in memory."""
+        data = self._clusters.get(entry)
+        return data if data is not None and len(data) >= need else None
+
+    def unpack(self, needs: Mapping[int, int]) -> Iterator[tuple[int, bytes | DriverError]]:
+        """For each L2 entry at least so many bytes of its cluster, or why not."""
+        jobs = []
+        for entry, need in needs.items():
+            data = self._clusters.get(entry)
+            if data is not None and len(data) >= need:
+                yield entry, data
+            else:
+                jobs.append(self._job(entry, need, again=data is not None))
+        jobs.sort(key=lambda job: job.offset)
+        at_a_time = max(1, _MOST_AT_A_TIME >> self._bits)
+        for first in range(0, len(jobs), at_a_time):
+            some = jobs[first : first + at_a_time]
+            for run in _runs(some):
+                self._read(run)
+            _in_parallel(some, self._unpack)
+            for job in some:
+                if isinstance(job.result, bytes):
+                    self._clusters.put(job.entry, job.result)
+                yield job.entry, job.result
+
+    def _job(self, entry: int, need: int, *, again: bool) -> _Job:
+        offset, packed_length = compressed_extent(entry, self._bits)
+        # Who reads something of a cluster at random may never want the rest; who comes again will.
+        if again or need > self._size * 3 // 4 or not self._gradual():
+            return _Job(entry, self._size, offset, packed_length)
+        # Deflate makes nothing longer than this, unless it wants to: then there is a second try.
+        return _Job(entry, need, offset, min(packed_length, need + need // 64 + KIB))
+
+    def _gradual(self) -> bool:
+        try:
+            return self._codec().gradual
+        except DriverError:
+            return False  # unpacking says what is wrong
+
+    def _read(self, run: Sequence[_Job]) -> None:
+        start = run[0].offset
+        try:
+            data = memoryview(self._host.read(start, max(job.end for job in run) - start))
+        except DriverError as error:
+            if len(run) == 1:
+                run[0].packed = error
+                return
+            for job in run:
+                self._read([job])
+            return
+        for job in run:
+            job.packed = data[job.offset - start : job.end - start]
+
+    def _unpack(self, job: _Job) -> None:
+        if isinstance(job.packed, DriverError):
+            job.result = job.packed
+            return
+        try:
+            codec = self._codec()
+            if job.length < self._size:
+                job.result = codec.beginning(job.packed, job.length)
+            else:
+                job.result = codec.decompress(job.packed, self._size)
+        except CorruptImage as error:
+            if job.length < self._size:
+                self._unpack_whole(job)
+            else:
+                offset, _ = compressed_extent(job.entry, self._bits)
+                job.result = CorruptImage(f"compressed cluster at {offset:#x}: {error}")
+        except DriverError as error:
+            job.result = error
+
+    def _unpack_whole(self, job: _Job) -> None:
+        job.length = self._size
+        job.offset, job.packed_length = compressed_extent(job.entry, self._bits)
+        self._read([job])
+        self._unpack(job)
+
+
+def _runs(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
+    """Neighbours together."""
+    run: list[_Job] = []
+    end = 0
+    for job in jobs:
+        if run and (job.offset > end + _LONGEST_GAP or job.end - run[0].offset > _LONGEST_READ):
+            yield run
+            run = []
+        run.append(job)
+        end = max(end, job.end)
+    if run:
+        yield run
+
+
+def _in_parallel(jobs: Sequence[_Job], work: Callable[[_Job], None]) -> None:
+    """Work off all jobs, in this thread and, if that pays, in others."""
+    rest = deque(jobs)
+
+    def work_off() -> None:
+        while True:
+            try:
+                job = rest.popleft()
+            except IndexError:
+                return
+            work(job)
+
+    helpers = min(_threads(), len(jobs)) - 1
+    futures = [_pool().submit(work_off) for _ in range(helpers)]
+    work_off()
+    for future in futures:
+        if not future.cancel():
+            future.result()
+
+
+@cache
+def _threads() -> int:
+    return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="qcow2 unpack")
