@@ -1,7 +1,8 @@
 """Random hostile guests for as long as told: ``python tests/fuzz/fuzz_ring.py --seconds 60``.
 
-Prints one line for each find, with the seed that repeats it (``--seed N --seconds 0``), and one
-with the number of rounds in the end.  Ends with status 1 if there were finds.
+Hosts with even seeds are served in Python, those with odd ones by the native data path, if there is
+one.  Prints one line for each find, with the seed that repeats it (``--seed N --seconds 0``), and
+one with the number of rounds in the end.  Ends with status 1 if there were finds.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from pathlib import Path
 import trio
 
 TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS / "hostile"), str(TESTS / "backend")]
+sys.path[:0] = [str(TESTS), str(TESTS / "hostile"), str(TESTS / "backend")]
 
-from hostile_world import battlefield  # noqa: E402
+from data_paths import NATIVE, PYTHON, threads_of  # noqa: E402
+from hostile_world import ATTACKER_PAGES, battlefield  # noqa: E402
 from ring_fuzz import attack  # noqa: E402
 from scribbling import scribble  # noqa: E402
+
+from xbd.core.datapath import native  # noqa: E402
 
 ATTACKS_PER_HOST = 25
 """One host meets so many guests before the next: what one leaves behind may hurt another."""
@@ -32,8 +36,12 @@ async def one_host(seed: int, until: float) -> tuple[int, int]:
     """Attacks and requests of one round."""
     dice = random.Random(seed)
     attacks = requests = 0
-    with tempfile.TemporaryDirectory() as name:
-        async with battlefield(Path(name) / "host") as field:
+    path = NATIVE if seed % 2 and native.why_not is None else PYTHON
+    with (
+        tempfile.TemporaryDirectory() as name,
+        threads_of(path, domain_pages=ATTACKER_PAGES) as threads,
+    ):
+        async with battlefield(Path(name) / "host", threads) as field:
             while attacks < ATTACKS_PER_HOST and (not attacks or time.monotonic() < until):
                 how = attack if dice.random() < 0.5 else scribble
                 requests += (await how(field, random.Random(dice.random()), 6)).requests
