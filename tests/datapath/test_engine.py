@@ -23,7 +23,7 @@ def engine_name(request, monkeypatch):
 
 
 @pytest.mark.parametrize("cache", ["none", "writeback"])
-async def test_an_image_file_through_both_engines(rig_maker, tmp_path, engine_name, cache):
+async def test_an_image_file_through_both_engines(python_rig_maker, tmp_path, engine_name, cache):
     size = 8 * MIB
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(size))
@@ -32,7 +32,7 @@ async def test_an_image_file_through_both_engines(rig_maker, tmp_path, engine_na
     model = bytearray(size)
     async with (
         open_disk(spec, device_id="test", writable=True) as access,
-        rig_maker(access=access) as rig,
+        python_rig_maker(access=access) as rig,
     ):
         assert f", {engine_name}, " in rig.disk.describe()
 
@@ -57,23 +57,23 @@ async def test_an_image_file_through_both_engines(rig_maker, tmp_path, engine_na
     assert image.read_bytes() == bytes(model)
 
 
-async def test_threads_serve_where_io_uring_is_forbidden(rig_maker, monkeypatch):
+async def test_threads_serve_where_io_uring_is_forbidden(python_rig_maker, monkeypatch):
     def forbidden(*_: object) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(engine, "IoUring", forbidden)
-    async with rig_maker() as rig:
+    async with python_rig_maker() as rig:
         assert rig.disk.describe() == "python, threads, persistent"
         await rig.front.write(0, b"t" * 64 * KIB)
         assert await rig.front.read(0, 64 * KIB) == b"t" * 64 * KIB
 
 
-async def test_more_requests_than_the_io_uring_has_room_for(rig_maker, monkeypatch):
+async def test_more_requests_than_the_io_uring_has_room_for(python_rig_maker, monkeypatch):
     from xbd.core.frontend import FrontendOptions
 
     monkeypatch.setattr(engine, "URING_ENTRIES", 8)
     options = FrontendOptions(ring_order=2, queues=2, data_pages=600)
-    async with rig_maker(options=options) as rig, trio.open_nursery() as nursery:
+    async with python_rig_maker(options=options) as rig, trio.open_nursery() as nursery:
         for number in range(200):
             nursery.start_soon(rig.front.write, number * 4 * KIB, bytes([number]) * 4 * KIB)
     assert rig.device.closed

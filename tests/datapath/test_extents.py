@@ -1,13 +1,21 @@
-"""The extent cache against a map of single bytes."""
+"""The extent cache against a map of blocks."""
 
 from __future__ import annotations
 
+import itertools
+import random
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xbd.core.datapath import extents, native
 from xbd.core.datapath.extents import ExtentCache
+from xbd.core.datapath.native.extents import NativeExtents
 from xbd.core.driver import HostExtent
+from xbd.core.units import GIB, KIB, MIB
 
+BLOCK = 16 * KIB  # a quarter of a chunk
 SIZE = 64
 range_of_disk = st.tuples(st.integers(0, SIZE - 1), st.integers(1, SIZE)).map(
     lambda pair: (pair[0], min(pair[1], SIZE - pair[0]))
@@ -15,7 +23,7 @@ range_of_disk = st.tuples(st.integers(0, SIZE - 1), st.integers(1, SIZE)).map(
 
 
 class Layout:
-    """Where each byte lies; None: nowhere."""
+    """Where each block lies: file and position in it; None: nowhere."""
 
     def __init__(self, owners: list[tuple[int, int] | None]) -> None:
         self.owners = owners
@@ -23,54 +31,305 @@ class Layout:
 
     def resolve(self, offset, length, *, for_write):
         self.asked += 1
-        extents = []
-        at = offset
-        while at < len(self.owners) and self.owners[at] is not None and at < offset + length:
-            fd, host = self.owners[at]
+        at, inside = divmod(offset, BLOCK)
+        found = []
+        while at < len(self.owners) and self.owners[at] and at * BLOCK < offset + length:
+            fd, position = self.owners[at]
             end = at
-            while end < len(self.owners) and self.owners[end] == (fd, host + end - at):
-                end += 1
-            extents.append(HostExtent(fd=fd, offset=host, length=end - at))
-            at = end
-        return extents or None
+            while end < len(self.owners) and self.owners[end] == (fd, position):
+                end, position = end + 1, position + BLOCK
+            size = (end - at) * BLOCK - inside
+            found.append(HostExtent(fd=fd, offset=position - size, length=size))
+            at, inside = end, 0
+        return found or None
+
+    def pieces(self, offset, length):
+        """What must be found: as few pieces as possible."""
+        wanted: list[tuple[int, int, int]] = []
+        while length:
+            owner = self.owners[offset // BLOCK]
+            if owner is None:
+                return None
+            size = min(length, BLOCK - offset % BLOCK)
+            piece = (owner[0], owner[1] + offset % BLOCK, size)
+            if wanted and wanted[-1][0] == piece[0] and wanted[-1][1] + wanted[-1][2] == piece[1]:
+                wanted[-1] = (piece[0], wanted[-1][1], wanted[-1][2] + size)
+            else:
+                wanted.append(piece)
+            offset, length = offset + size, length - size
+        return wanted
 
 
+def runs_of_blocks(runs):
+    """Blocks that follow each other on the host, several runs of them; SIZE in all."""
+    owners: list[tuple[int, int] | None] = []
+    for fd, position, length in runs:
+        owners += [None if fd == 0 else (fd, position + i * BLOCK) for i in range(length)]
+    return (owners + [None] * SIZE)[:SIZE]
+
+
+positions = st.one_of(
+    st.integers(0, 500).map(lambda number: number * BLOCK), st.sampled_from([1, 77, 1 << 40])
+)
+
+
+class PythonExtents:
+    """The cache of the data path in Python."""
+
+    def __init__(self, resolve):
+        self.cache = ExtentCache(resolve)
+
+    def find(self, offset, length, *, for_write):
+        return (self.cache.writing if for_write else self.cache.reading).find(offset, length)
+
+    def forget(self, offset, length):
+        self.cache.forget(offset, length)
+
+    def hot(self, *, for_write):
+        """What is looked at first, without looking further."""
+        return (self.cache.writing if for_write else self.cache.reading).hot
+
+
+class CExtents:
+    """That of the native one, which asks the driver where nothing is known, as the threads do."""
+
+    def __init__(self, resolve):
+        if native.why_not is not None:
+            pytest.skip(f"no native data path: {native.why_not}")
+        self.extents = NativeExtents(resolve)
+        self.pieces = native.ffi.new("struct xbd_piece[]", SIZE)
+
+    def find(self, offset, length, *, for_write):
+        for _ in range(2):
+            count = native.lib.xbd_extents_find(
+                self.extents.handle, for_write, offset, length, self.pieces, SIZE
+            )
+            if count:
+                return [(each.fd, each.position, each.length) for each in self.pieces[0:count]]
+            if not self.extents.learn(offset, length, for_write=for_write):
+                break
+        return None
+
+    def forget(self, offset, length):
+        self.extents.forget(offset, length)
+
+    def hot(self, *, for_write):
+        return extents.NOTHING
+
+
+@pytest.mark.parametrize("made", [PythonExtents, CExtents])
 @given(
-    runs=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 500), st.integers(1, 20))),
-    steps=st.lists(st.tuples(st.sampled_from(["find", "forget"]), range_of_disk), max_size=40),
+    runs=st.lists(st.tuples(st.integers(0, 3), positions, st.integers(1, 20))),
+    steps=st.lists(
+        st.tuples(st.sampled_from(["find", "forget"]), range_of_disk, st.sampled_from([0, 512])),
+        max_size=40,
+    ),
     for_write=st.booleans(),
 )
-def test_found_entries_say_what_the_driver_said(runs, steps, for_write):
-    owners: list[tuple[int, int] | None] = []
-    for fd, host, length in runs:
-        owners += [None if fd == 0 else (fd, host + i) for i in range(length)]
-    owners = (owners + [None] * SIZE)[:SIZE]
-    layout = Layout(owners)
-    cache = ExtentCache(layout.resolve)
-    for step, (offset, length) in steps:
+def test_what_is_found_is_what_the_driver_says(made, runs, steps, for_write):
+    layout = Layout(runs_of_blocks(runs))
+    cache = made(layout.resolve)
+    for step, (first, count), inside in steps:
+        offset, length = first * BLOCK + inside, count * BLOCK - inside
         if step == "forget":
-            moved = {at: (9, 1000 + at) for at in range(offset, offset + length)}
+            moved = {at: (9, (1000 + at) * BLOCK) for at in range(first, first + count)}
             layout.owners = [moved.get(at, owner) for at, owner in enumerate(layout.owners)]
-            cache.forget(offset, length)
+            cache.forget(first * BLOCK, count * BLOCK)
             continue
-        entry = cache.find(offset, length, for_write=for_write)
-        wanted = layout.owners[offset : offset + length]
-        in_one = wanted[0] is not None and all(
-            owner == (wanted[0][0], wanted[0][1] + i) for i, owner in enumerate(wanted)
-        )
-        assert (entry is not None) == in_one
-        if entry is not None:
-            start, end, fd, delta = entry
-            assert start <= offset
-            assert offset + length <= end
-            assert (fd, offset + delta) == wanted[0]
+        found = cache.find(offset, length, for_write=for_write)
+        if found is None:
+            chunks = range(first - first % 4, first + count, 4)
+            assert not all(layout.owners[at] for at in (*chunks, *range(first, first + count)))
+        else:
+            assert found == layout.pieces(offset, length)
+        start, end, fd, delta = cache.hot(for_write=for_write)
+        if end - start:
+            assert layout.pieces(start, end - start) == [(fd, start + delta, end - start)]
+
+
+def scattered(extent: int, size: int, *, files: int = 1, seed: int = 1):
+    """A resolver for extents in any order, and the questions it was asked."""
+    places = list(range(size // extent))
+    random.Random(seed).shuffle(places)
+    asked: list[int] = []
+
+    def resolve(offset, length, *, for_write):
+        asked.append(offset)
+        number, inside = divmod(offset, extent)
+        position = places[number] * extent + inside
+        return [HostExtent(fd=3 + number % files, offset=position, length=extent - inside)]
+
+    return resolve, asked
+
+
+def find_all(cache, extent, size):
+    return [cache.find(offset, 4 * KIB) for offset in range(0, size, extent)]
 
 
 def test_an_answer_is_kept():
-    layout = Layout([(4, i) for i in range(SIZE)])
-    cache = ExtentCache(layout.resolve)
-    for offset in range(SIZE):
-        assert cache.find(offset, 1, for_write=False) == (0, SIZE, 4, 0)
-    assert layout.asked == 1
-    assert cache.find(3, 1, for_write=True) is not None
-    assert layout.asked == 2  # reading and writing are asked for apart
+    resolve, asked = scattered(64 * MIB, 64 * MIB)
+    cache = ExtentCache(resolve).reading
+    for offset in range(0, 64 * MIB, 60 * KIB):
+        assert cache.find(offset, 4 * KIB) == [(3, offset, 4 * KIB)]
+    assert len(asked) == 1
+
+
+def test_reading_and_writing_are_asked_for_apart():
+    resolve, asked = scattered(64 * KIB, MIB)
+    cache = ExtentCache(resolve)
+    assert cache.writing.find(0, 4 * KIB) == cache.reading.find(0, 4 * KIB)
+    assert asked == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("extent", "size"),
+    [(64 * KIB, 2 * GIB), (2 * MIB, 16 * GIB), (512 * MIB, 13 * GIB), (4 * KIB, 256 * MIB)],
+)
+def test_all_of_a_scattered_disk_is_kept(extent, size):
+    resolve, asked = scattered(extent, size)
+    cache = ExtentCache(resolve).reading
+    step = min(extent, 32 * MIB)
+    first = find_all(cache, step, size)
+    if extent < 64 * KIB:
+        find_all(cache, step, size)  # after a while it turns to finer chunks
+    asked.clear()
+    assert find_all(cache, step, size) == first
+    assert asked == []
+
+
+def test_a_question_in_the_middle_of_a_chunk_teaches_all_of_it():
+    resolve, asked = scattered(64 * KIB, MIB)
+    cache = ExtentCache(resolve).reading
+    [(_, position, _)] = cache.find(68 * KIB, 4 * KIB)
+    assert asked == [64 * KIB]
+    assert cache.find(64 * KIB, 64 * KIB) == [(3, position - 4 * KIB, 64 * KIB)]
+    assert len(asked) == 1
+
+
+def test_what_the_driver_moves_itself_is_asked_for_once():
+    asked = []
+
+    def resolve(offset, length, *, for_write):
+        asked.append(offset)
+
+    assert ExtentCache(resolve).reading.find(68 * KIB, 4 * KIB) is None
+    assert asked == [64 * KIB]
+
+
+@pytest.mark.parametrize("made", [PythonExtents, CExtents])
+def test_parts_of_chunks_are_asked_for_once_extents_end_in_them(made):
+    def resolve(offset, length, *, for_write):
+        """The first block, and every second one."""
+        number, inside = divmod(offset, BLOCK)
+        if number and number % 2 == 0:
+            return None
+        return [HostExtent(fd=3, offset=offset * 2, length=BLOCK - inside)]
+
+    cache = made(resolve)
+    assert cache.find(63 * BLOCK, 512, for_write=False) is None  # as the beginning of its chunk
+    assert cache.find(0, 512, for_write=False)
+    assert cache.find(63 * BLOCK, 512, for_write=False) == [(3, 126 * BLOCK, 512)]
+    assert cache.find(62 * BLOCK, 512, for_write=False) is None
+
+
+@pytest.mark.parametrize("made", [PythonExtents, CExtents])
+def test_an_extent_that_ends_within_a_chunk_counts_wherever_it_is_in_an_answer(made):
+    """Three quarters of a chunk, and the rest of two in another file."""
+
+    def resolve(offset, length, *, for_write):
+        if offset == 0:
+            return [
+                HostExtent(fd=3, offset=0, length=3 * BLOCK),
+                HostExtent(fd=4, offset=0, length=5 * BLOCK),
+            ]
+        return None if offset < 9 * BLOCK else [HostExtent(fd=5, offset=0, length=7 * BLOCK)]
+
+    cache = made(resolve)
+    assert cache.find(9 * BLOCK, 512, for_write=True) is None
+    assert cache.find(0, 8 * BLOCK, for_write=True)
+    assert cache.find(9 * BLOCK, 512, for_write=True) == [(5, 0, 512)]
+
+
+def test_when_it_is_full_the_oldest_half_goes(monkeypatch):
+    monkeypatch.setattr(extents, "MAX_PAGES", 8)  # of 32 MiB of the disk
+    resolve, asked = scattered(64 * KIB, 16 * 32 * MIB)
+    cache = ExtentCache(resolve).reading
+    find_all(cache, 64 * KIB, 16 * 32 * MIB)
+    asked.clear()
+    for offset in reversed(range(0, 16 * 32 * MIB, 64 * KIB)):
+        cache.find(offset, 4 * KIB)
+        if asked:
+            break
+    assert 4 * 32 * MIB <= 16 * 32 * MIB - offset <= 8 * 32 * MIB
+
+
+def test_files_beyond_those_with_maps(monkeypatch):
+    resolve, asked = scattered(MIB, 64 * MIB, files=20)
+    cache = ExtentCache(resolve).reading
+    first = find_all(cache, MIB, 64 * MIB)
+    asked.clear()
+    assert find_all(cache, MIB, 64 * MIB) == first
+    assert asked == []
+
+
+def test_a_table_that_is_full_loses_the_half_that_is_far_away(monkeypatch):
+    monkeypatch.setattr(extents, "MAX_EXTENTS", 16)
+    resolve, asked = scattered(MIB, 64 * MIB, files=64)
+    cache = ExtentCache(resolve).reading
+    first = find_all(cache, MIB, 64 * MIB)
+    asked.clear()
+    assert find_all(cache, MIB, 64 * MIB)[-8:] == first[-8:]
+    assert len(asked) <= 64 - 8
+
+
+def test_far_out_and_out_of_memory(monkeypatch):
+    """What no map reaches is in the table; so is what there is no memory for."""
+
+    def resolve(offset, length, *, for_write):
+        return [HostExtent(fd=3, offset=offset ^ 64 * KIB, length=64 * KIB - offset % (64 * KIB))]
+
+    cache = ExtentCache(resolve).reading
+    far = 1 << 62
+    assert cache.find(far, 128 * KIB) == [
+        (3, far + 64 * KIB, 64 * KIB),
+        (3, far, 64 * KIB),
+    ]
+    monkeypatch.setattr(extents.ChunkMap, "_move", _no_memory)
+    cache = ExtentCache(resolve).reading
+    assert cache.find(0, 64 * KIB) == [(3, 64 * KIB, 64 * KIB)]
+
+
+def _no_memory(self, chunks):
+    raise OSError(12, "Cannot allocate memory")
+
+
+@pytest.mark.parametrize("files", [1, 3, 20])
+def test_forgetting_a_part_or_all(files):
+    size = 256 * MIB
+    resolve, asked = scattered(64 * KIB, size, files=files)
+    both = ExtentCache(resolve)
+    cache = both.reading
+    find_all(cache, 64 * KIB, size)
+    for offset, length in ((0, 64 * KIB), (100 * MIB, 70 * MIB), (0, 1 << 63)):
+        asked.clear()
+        both.forget(offset, length)
+        find_all(cache, 64 * KIB, size)
+        forgotten = range(offset, min(offset + length, size), 64 * KIB)
+        assert set(forgotten) <= set(asked)
+        if length < size and files == 1:
+            assert len(asked) == len(forgotten)
+
+
+def test_neighbours_in_both_places_are_one_entry():
+    """Extents of 4 KiB that continue each other fill no table."""
+
+    def resolve(offset, length, *, for_write):
+        return [HostExtent(fd=3, offset=offset + 7, length=4 * KIB - offset % (4 * KIB))]
+
+    cache = ExtentCache(resolve).reading
+    order = list(range(0, 4 * MIB, 4 * KIB))
+    random.Random(1).shuffle(order)
+    for offset in order:
+        cache.find(offset, 4 * KIB)
+    for offset, _ in itertools.pairwise(sorted(order)):
+        assert cache.known(offset, 4 * MIB) == (3, offset + 7, 4 * MIB - offset)

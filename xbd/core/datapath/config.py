@@ -23,6 +23,17 @@ class GrantMode(enum.Enum):
     """Copied by the hypervisor to and from memory of our own."""
 
 
+class DataPath(enum.Enum):
+    """Who moves the bytes."""
+
+    AUTO = "auto"
+    """The native one where it was built."""
+    NATIVE = "native"
+    """Threads in C."""
+    PYTHON = "python"
+    """The reference: always there."""
+
+
 @attrs.frozen(kw_only=True)
 class Features:
     """What the backend advertised; a frontend that uses anything else is refused."""

@@ -10,16 +10,16 @@ import structlog
 import trio
 
 from xbd.core.blkif import BackRing, Decoder, Limits
-from xbd.core.datapath.config import DiskStats, FrontendConfig, GrantMode, QueueConfig
+from xbd.core.datapath.config import DiskStats, FrontendConfig, GrantMode
 from xbd.core.datapath.engine import IoEngine, make_engine
 from xbd.core.datapath.extents import ExtentCache
-from xbd.core.datapath.journal import Journal, RingIdentity
+from xbd.core.datapath.journal import Debt, Journal, RingIdentity
 from xbd.core.datapath.pages import DomainBudget, RingShare, choose_mode, make_pages
 from xbd.core.datapath.recovery import take_over
 from xbd.core.datapath.ring_server import RingServer
 from xbd.core.driver import DeviceAccess
 from xbd.core.hostio.fence import full_fence
-from xbd.core.hypervisor import Hypervisor
+from xbd.core.hypervisor import EventChannel, Hypervisor
 from xbd.core.units import GrantRef
 
 _log = structlog.get_logger()
@@ -40,6 +40,48 @@ class Parts:
     offer_persistent: bool
     budget: DomainBudget
     journal_dir: Path | None
+    paused: bool
+    """Take no requests until `resume`."""
+
+
+@attrs.frozen
+class OpenedRing:
+    """A ring mapped, its port bound, its journal begun; `debt` is what an earlier backend left."""
+
+    ring: BackRing
+    address: int
+    """Of its pages."""
+    channel: EventChannel
+    journal: Journal
+    debt: Debt
+
+
+def open_ring(
+    parts: Parts, frontend: FrontendConfig, number: int, resources: ExitStack
+) -> OpenedRing:
+    """Raises `GrantFailed` or `PortFailed`; `resources` give everything back."""
+    queue = frontend.queues[number]
+    abi = frontend.abi
+    mapping = parts.hypervisor.map_grants(frontend.domid, queue.ring_refs, writable=True)
+    resources.callback(mapping.unmap)
+    ring = BackRing(mapping.view, abi, frontend.ring_order, fence=full_fence, attach=True)
+    resources.callback(ring.release)
+    channel = parts.hypervisor.bind_interdomain(frontend.domid, queue.event_channel)
+    resources.callback(channel.close)
+    identity = RingIdentity(
+        domid=frontend.domid,
+        devid=parts.devid,
+        queue=number,
+        ring_order=frontend.ring_order,
+        event_channel=queue.event_channel,
+        ring_refs=tuple(GrantRef(ref) for ref in queue.ring_refs),
+        protocol=abi.protocol,
+    )
+    path = parts.journal_dir and parts.journal_dir / f"{parts.name}.{number}"
+    debt = take_over(path, identity, ring)
+    journal = Journal(identity, ring.entries, abi.request_size, path, debt)
+    resources.callback(journal.close)
+    return OpenedRing(ring, mapping.address, channel, journal, debt)
 
 
 class Connection:
@@ -50,10 +92,17 @@ class Connection:
         self._parts = parts
         self._engine: IoEngine = make_engine()
         self._resources = ExitStack()
+        self.abandoned = False
+        """Whether it has ended, and storage not finished what it was asked for."""
         self._scope = trio.CancelScope()
         self._released = trio.Event()
         self._servers: list[RingServer] = []
         self._intake = trio.CancelScope()
+        self._taking = trio.Event()
+        self._resting = trio.Event()
+        self._resting.set()
+        if not parts.paused:
+            self._taking.set()
         self.mode = choose_mode(
             parts.grants,
             parts.hypervisor,
@@ -69,8 +118,8 @@ class Connection:
         a driver raises to have its device closed.
         """
         try:
-            for number, queue in enumerate(self.frontend.queues):
-                self._servers.append(self._open_ring(number, queue))
+            for number in range(len(self.frontend.queues)):
+                self._servers.append(self._open_ring(number))
             with self._scope:
                 async with trio.open_nursery() as nursery:
                     for server in self._servers:
@@ -82,60 +131,52 @@ class Connection:
             self._release()
 
     async def _serve(self) -> None:
-        with self._intake:
-            async with trio.open_nursery() as rings:
-                for server in self._servers:
-                    rings.start_soon(server.run)
+        while True:
+            while not self._taking.is_set():
+                await self._taking.wait()
+            self._resting = trio.Event()
+            try:
+                with trio.CancelScope() as self._intake:
+                    async with trio.open_nursery() as rings:
+                        for server in self._servers:
+                            rings.start_soon(server.run)
+            finally:
+                self._resting.set()
 
-    def _open_ring(self, number: int, queue: QueueConfig) -> RingServer:
+    def _open_ring(self, number: int) -> RingServer:
         parts = self._parts
         frontend = self.frontend
-        abi = frontend.abi
-        mapping = parts.hypervisor.map_grants(frontend.domid, queue.ring_refs, writable=True)
-        self._resources.callback(mapping.unmap)
-        ring = BackRing(mapping.view, abi, frontend.ring_order, fence=full_fence, attach=True)
-        self._resources.callback(ring.release)
-        channel = parts.hypervisor.bind_interdomain(frontend.domid, queue.event_channel)
-        self._resources.callback(channel.close)
-        identity = RingIdentity(
-            domid=frontend.domid,
-            devid=parts.devid,
-            queue=number,
-            ring_order=frontend.ring_order,
-            event_channel=queue.event_channel,
-            ring_refs=tuple(GrantRef(ref) for ref in queue.ring_refs),
-            protocol=abi.protocol,
-        )
-        path = parts.journal_dir and parts.journal_dir / f"{parts.name}.{number}"
-        debt = take_over(path, identity, ring)
-        journal = Journal(identity, ring.entries, abi.request_size, path, debt)
-        self._resources.callback(journal.close)
+        opened = open_ring(parts, frontend, number, self._resources)
         share = RingShare(parts.budget, parts.limits.max_indirect_segments)
+        entries = opened.ring.entries
         server = RingServer(
             name=parts.name,
-            ring=ring,
-            decoder=Decoder(abi, parts.limits),
-            journal=journal,
-            pages=make_pages(self.mode, parts.hypervisor, frontend.domid, share, ring.entries),
-            channel=channel,
+            ring=opened.ring,
+            decoder=Decoder(frontend.abi, parts.limits),
+            journal=opened.journal,
+            pages=make_pages(self.mode, parts.hypervisor, frontend.domid, share, entries),
+            channel=opened.channel,
             access=parts.access,
             extents=parts.extents,
             engine=self._engine,
             stats=parts.stats,
         )
-        server.owe(debt.requests)
+        server.owe(opened.debt.requests)
         return server
 
     def _release(self) -> None:
         """Nothing runs any more.  What the kernel still works on stays mapped, on purpose."""
         with ExitStack() as stack:  # whatever fails on the way, nobody waits for ever
             stack.callback(self._released.set)
+            for server in self._servers:
+                stack.callback(server.forsake)
             stack.push(self._resources)
             stack.callback(self._engine.close)
             if not self._engine.in_flight:
                 for server in self._servers:
                     stack.callback(server.release)
                 return
+            self.abandoned = True
             _log.error(
                 "storage does not answer; its memory stays mapped",
                 device=self._parts.name,
@@ -148,7 +189,7 @@ class Connection:
         return sum(server.in_flight for server in self._servers)
 
     def set_limits(self, limits: Limits) -> None:
-        """The disk's size changed: judge requests by the new one."""
+        """The disk's size changed: requests that come from now on are judged by the new one."""
         for server in self._servers:
             server.decoder.limits = limits
 
@@ -161,9 +202,15 @@ class Connection:
 
     async def drain(self) -> None:
         """Take no more requests; return when all that were taken are answered."""
+        self._taking = trio.Event()
         self._intake.cancel()
+        await self._resting.wait()
         for server in self._servers:
             await server.drained()
+
+    def resume(self) -> None:
+        """Take requests again after `drain`, or for the first time."""
+        self._taking.set()
 
     async def aclose(self) -> None:
         """Stop, unmap, unbind.  Requests in flight are abandoned: `drain` first."""

@@ -12,11 +12,13 @@ import errno
 import mmap
 import os
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+import attrs
 import structlog
 import trio
 
+from xbd.core.datapath.extents import Piece
 from xbd.core.datapath.pages import Work
 from xbd.core.datapath.pages.base import WorkOwner
 from xbd.core.errors import DeviceBroken
@@ -31,8 +33,28 @@ _IOVEC_BYTES = 16
 SUBMIT_ATTEMPTS = 10_000
 CLOSE_SECONDS = 30.0
 """How long a cancelled disk waits for the host's storage before it leaves its memory to it."""
+MAX_PIECES = 64
+"""Places in host files that one request may be spread over; more are for the driver."""
 THREADS = 4
 """Thread hops at a time for one disk where io_uring is missing."""
+
+
+Part = tuple[memoryview, int, int, int]
+"""As in `Work.parts`."""
+
+
+@attrs.define(slots=True, eq=False)
+class _Split:
+    """A transfer in several places."""
+
+    left: int
+    """Pieces that are not finished."""
+    good: bool = True
+    """Whether all that are finished have moved all their bytes."""
+
+
+Operation = tuple[WorkOwner, Work, int, int, int, Sequence[Part], _Split | None]
+"""Of the kernel: a transfer, or a piece of one; file, place in it, length and memory."""
 
 
 class IoEngine(abc.ABC):
@@ -45,6 +67,10 @@ class IoEngine(abc.ABC):
     @abc.abstractmethod
     def start(self, owner: WorkOwner, work: Work, fd: int, offset: int) -> None:
         """Queue one transfer; `kick` sets off what is queued."""
+
+    @abc.abstractmethod
+    def start_split(self, owner: WorkOwner, work: Work, pieces: Sequence[Piece]) -> None:
+        """As `start`, of a transfer in several places; it is finished when all are."""
 
     @abc.abstractmethod
     def kick(self) -> None:
@@ -71,9 +97,9 @@ class UringEngine(IoEngine):
     def __init__(self) -> None:
         self._uring = IoUring(URING_ENTRIES)
         room = URING_ENTRIES
-        self._table: list[tuple[WorkOwner, Work] | None] = [None] * room
+        self._table: list[tuple[WorkOwner, Work, int, _Split | None] | None] = [None] * room
         self._free = list(range(room - 1, -1, -1))
-        self._waiting: deque[tuple[WorkOwner, Work, int, int]] = deque()
+        self._waiting: deque[Operation] = deque()
         self._iovecs = mmap.mmap(-1, room * MAX_SEGMENTS * _IOVEC_BYTES)
         self._anchor = ctypes.c_char.from_buffer(self._iovecs)
         self._iovecs_address = ctypes.addressof(self._anchor)
@@ -84,31 +110,49 @@ class UringEngine(IoEngine):
         return len(self._table) - len(self._free) + len(self._waiting)
 
     def start(self, owner: WorkOwner, work: Work, fd: int, offset: int) -> None:
+        operation = (owner, work, fd, offset, work.request.length, work.parts, None)
         if not self._free or self._waiting:
-            self._waiting.append((owner, work, fd, offset))
+            self._waiting.append(operation)
             return
-        self._queue(owner, work, fd, offset)
+        self._queue(*operation)
 
-    def _queue(self, owner: WorkOwner, work: Work, fd: int, offset: int) -> None:
+    def start_split(self, owner: WorkOwner, work: Work, pieces: Sequence[Piece]) -> None:
+        split = _Split(len(pieces))
+        for (fd, offset, length), parts in zip(pieces, _cut(work.parts, pieces), strict=True):
+            self._waiting.append((owner, work, fd, offset, length, parts, split))
+        self._queue_waiting()
+
+    def _queue_waiting(self) -> None:
+        while self._waiting and self._free:
+            self._queue(*self._waiting.popleft())
+
+    def _queue(
+        self,
+        owner: WorkOwner,
+        work: Work,
+        fd: int,
+        offset: int,
+        length: int,
+        parts: Sequence[Part],
+        split: _Split | None,
+    ) -> None:
         uring = self._uring
         tag = self._free.pop()
-        self._table[tag] = (owner, work)
-        parts = work.parts
+        self._table[tag] = (owner, work, length, split)
         if len(parts) == 1:
-            _, _, length, address = parts[0]
+            address = parts[0][3]
             if work.request.write:
                 uring.write(fd, address, length, offset, tag)
             else:
                 uring.read(fd, address, length, offset, tag)
             return
-        at = tag * MAX_SEGMENTS * 2
-        address, count = self._fill(at, parts)
+        address, count = self._fill(tag * MAX_SEGMENTS * 2, parts)
         if work.request.write:
             uring.writev(fd, address, count, offset, tag)
         else:
             uring.readv(fd, address, count, offset, tag)
 
-    def _fill(self, at: int, parts: Sequence[tuple[memoryview, int, int, int]]) -> tuple[int, int]:
+    def _fill(self, at: int, parts: Sequence[Part]) -> tuple[int, int]:
         """Write the iovecs, neighbours in memory as one; where they are, and how many."""
         words = self._words
         first = at
@@ -146,10 +190,16 @@ class UringEngine(IoEngine):
                 assert entry is not None
                 table[tag] = None
                 free.append(tag)
-                finished.append((entry[0], entry[1], result == entry[1].request.length))
+                owner, work, length, split = entry
+                good = result == length
+                if split is not None:
+                    good = split.good = split.good and good
+                    split.left -= 1
+                    if split.left:
+                        continue
+                finished.append((owner, work, good))
             if self._waiting:
-                while self._waiting and free:
-                    self._queue(*self._waiting.popleft())
+                self._queue_waiting()
                 self._submit()
             _hand_over(finished)
 
@@ -186,7 +236,7 @@ class ThreadEngine(IoEngine):
     name = "threads"
 
     def __init__(self) -> None:
-        self._queued: list[tuple[WorkOwner, Work, int, int]] = []
+        self._queued: list[tuple[WorkOwner, Work, Sequence[Piece]]] = []
         self._running = 0
         self._limiter = trio.CapacityLimiter(THREADS)
         self._wake = trio.Event()
@@ -196,7 +246,10 @@ class ThreadEngine(IoEngine):
         return self._running + len(self._queued)
 
     def start(self, owner: WorkOwner, work: Work, fd: int, offset: int) -> None:
-        self._queued.append((owner, work, fd, offset))
+        self._queued.append((owner, work, ((fd, offset, work.request.length),)))
+
+    def start_split(self, owner: WorkOwner, work: Work, pieces: Sequence[Piece]) -> None:
+        self._queued.append((owner, work, pieces))
 
     def kick(self) -> None:
         if self._queued:
@@ -219,7 +272,7 @@ class ThreadEngine(IoEngine):
         for part in range(min(THREADS, len(works))):
             nursery.start_soon(self._hop, works[part::THREADS])
 
-    async def _hop(self, works: Sequence[tuple[WorkOwner, Work, int, int]]) -> None:
+    async def _hop(self, works: Sequence[tuple[WorkOwner, Work, Sequence[Piece]]]) -> None:
         with trio.CancelScope(shield=True):
             finished = await trio.to_thread.run_sync(_transfer_all, works, limiter=self._limiter)
         self._running -= len(works)
@@ -230,19 +283,43 @@ class ThreadEngine(IoEngine):
 
 
 def _transfer_all(
-    works: Sequence[tuple[WorkOwner, Work, int, int]],
+    works: Sequence[tuple[WorkOwner, Work, Sequence[Piece]]],
 ) -> list[tuple[WorkOwner, Work, bool]]:
     """In a thread: all transfers, one after the other."""
-    return [(owner, work, _transfer(work, fd, offset)) for owner, work, fd, offset in works]
+    return [(owner, work, _transfer(work, pieces)) for owner, work, pieces in works]
 
 
-def _transfer(work: Work, fd: int, offset: int) -> bool:
+def _transfer(work: Work, pieces: Sequence[Piece]) -> bool:
+    move = os.pwritev if work.request.write else os.preadv
+    cut = [
+        [view[start : start + size] for view, start, size, _ in parts]
+        for parts in _cut(work.parts, pieces)
+    ]
+    work.views = [view for views in cut for view in views]
     try:
-        if work.request.write:
-            return os.pwritev(fd, work.buffers(), offset) == work.request.length
-        return os.preadv(fd, work.buffers(), offset) == work.request.length
+        return all(
+            move(fd, views, offset) == length
+            for (fd, offset, length), views in zip(pieces, cut, strict=True)
+        )
     except OSError:
         return False  # the driver's async method tries again and says what is wrong
+
+
+def _cut(parts: Sequence[Part], pieces: Sequence[Piece]) -> Iterator[list[Part]]:
+    """A transfer's memory, piece by piece."""
+    rest = deque(parts)
+    for _, _, length in pieces:
+        mine: list[Part] = []
+        while length:
+            part = rest.popleft()
+            view, start, size, address = part
+            if size > length:
+                rest.appendleft((view, start + length, size - length, address + length))
+                part = (view, start, length, address)
+                size = length
+            mine.append(part)
+            length -= size
+        yield mine
 
 
 def _hand_over(finished: Iterable[tuple[WorkOwner, Work, bool]]) -> None:

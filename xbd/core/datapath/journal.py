@@ -205,6 +205,11 @@ class Journal:
             busy[slot] = 0
 
     @property
+    def arrays(self) -> tuple[memoryview, memoryview, memoryview]:
+        """Marks, indices and copies, for native code that keeps the journal in Python's place."""
+        return self._marks, self._indices, self._copies
+
+    @property
     def open_requests(self) -> int:
         """Requests recorded and not cleared."""
         return self._open
@@ -214,8 +219,13 @@ class Journal:
         for view in (self._marks, self._indices, self._copies):
             view.release()
         self._map.close()
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+        self.disown()
+
+    def disown(self) -> None:
+        """Remove the file.  The next journal of the ring has the same name, and is not ours."""
+        path, self.path = self.path, None
+        if path is not None:
+            path.unlink(missing_ok=True)
 
 
 def read_journal(path: Path, identity: RingIdentity, rsp_prod: int) -> Debt | None:

@@ -33,9 +33,10 @@ from xbd.core.blkif import (
     whole,
 )
 from xbd.core.datapath.cached_reads import Answer, CachedReads, Item
+from xbd.core.datapath.chunk_map import KNOWN
 from xbd.core.datapath.config import DiskStats
-from xbd.core.datapath.engine import MAX_SEGMENTS, IoEngine
-from xbd.core.datapath.extents import Entry, ExtentCache
+from xbd.core.datapath.engine import MAX_PIECES, MAX_SEGMENTS, IoEngine
+from xbd.core.datapath.extents import ExtentCache, Piece
 from xbd.core.datapath.journal import Journal, OpenRequest
 from xbd.core.datapath.pages import GuestPages, Work
 from xbd.core.driver import DeviceAccess, Extent
@@ -74,6 +75,8 @@ class RingServer:
     """Where upcalls run; set before `run`."""
     _open: dict[int, Request | Work] = attrs.field(factory=dict, init=False)
     """Requests that were set off and have no answer yet, by journal slot."""
+    _ended: list[Work] = attrs.field(factory=list, init=False)
+    """Upcalls that are about to be answered together."""
     _backlog: deque[Item] = attrs.field(factory=deque, init=False)
     """Requests that wait: for memory, or behind a barrier."""
     _barrier: bool = attrs.field(default=False, init=False)
@@ -84,6 +87,8 @@ class RingServer:
     """What is left of it, in segments."""
     _resting: bool = attrs.field(default=False, init=False)
     """Whether the others have their turn just now."""
+    _gone: bool = attrs.field(default=False, init=False)
+    """Whether the connection has ended."""
     _quiet: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot, init=False)
     """Where those sleep who wait for answers to leave."""
     _cached: CachedReads = attrs.field(init=False)
@@ -92,7 +97,7 @@ class RingServer:
 
     def __attrs_post_init__(self) -> None:
         geometry = self.access.geometry
-        self._cached = CachedReads(self.extents, self.pages, self.stats)
+        self._cached = CachedReads(self.extents.reading, self.pages, self.stats)
         self._alignment = geometry.request_alignment
         self._memory_alignment = geometry.memory_alignment
 
@@ -147,13 +152,15 @@ class RingServer:
         return len(self._open) + len(self._backlog)
 
     async def drained(self) -> None:
-        """Wait until every consumed request is answered."""
-        while self.in_flight:
+        """Wait until every consumed request is answered, or the connection has ended."""
+        while self.in_flight and not self._gone:
             await self._quiet.park()
 
     def transfers(self, offset: int, length: int) -> set[Work]:
         """Transfers through extents, in flight, that touch a range."""
         end = offset + length
+        if self._gone:
+            return set()
         return {
             work
             for work in self._open.values()
@@ -257,30 +264,44 @@ class RingServer:
                 failed.append(work)
                 continue
             request = work.request
-            found = None
-            if not (request.barrier or request.flush) and self._fits(work):
-                found = self._find(request)
-            if found is None:
+            if request.barrier or request.flush or not self._fits(work):
                 self.nursery.start_soon(self._upcall, work)
+                continue
+            fd, position, pieces = self._find(request)
+            if fd >= 0:
+                self.engine.start(self, work, fd, position)
+            elif pieces:
+                self.engine.start_split(self, work, pieces)
             else:
-                work.direct = True
-                self.engine.start(self, work, found[2], request.offset + found[3])
-                queued = True
+                self.nursery.start_soon(self._upcall, work)
+                continue
+            work.direct = True
+            queued = True
         if failed:
             self._answer(failed)
         if queued:
             self.engine.kick()
 
-    def _find(self, request: Transfer) -> Entry | None:
-        """The extent that holds all of a transfer."""
-        found = self.extents.hot[request.write]
-        if request.offset < found[0] or request.offset + request.length > found[1]:
-            entry = self.extents.find(request.offset, request.length, for_write=request.write)
-            if entry is None:
-                return None
-            found = entry
-            self._cached.learn(found[2])
-        return found
+    def _find(self, request: Transfer) -> tuple[int, int, Sequence[Piece]]:
+        """Where all of a transfer lies: the file and the place in it; or -1, and the pieces that
+        it lies in, none if the driver has to move it."""
+        extents = self.extents.writing if request.write else self.extents.reading
+        offset, length = request.offset, request.length
+        start, end, fd, delta = extents.hot
+        if start <= offset and offset + length <= end:
+            return fd, offset + delta, ()
+        words, fd, shift, in_chunk, _ = extents.hot_map.view
+        chunk = offset >> shift
+        if chunk < len(words) and (offset & in_chunk) + length <= in_chunk + 1:
+            word = words[chunk]
+            if word:
+                return fd, offset + word - KNOWN, ()
+        pieces = extents.find(offset, length)
+        if pieces is None or len(pieces) > MAX_PIECES:
+            return -1, 0, ()
+        fd, position, _ = pieces[0]
+        self._cached.learn(fd)
+        return (fd, position, ()) if len(pieces) == 1 else (-1, 0, pieces)
 
     def _fits(self, work: Work) -> bool:
         """Whether the engine and the host take the transfer as it is."""
@@ -316,7 +337,16 @@ class RingServer:
                 await self.access.flush()
         except XbdError as error:
             work.status, fatal = self._judge(error)
-        self._answer([work])
+        self._ended.append(work)
+        if fatal is None:
+            if len(self._ended) > 1:
+                return  # who came first answers for all
+            if len(self._open) > 1:
+                # Drivers end many at a time: in this turn of the event loop the others get there.
+                await trio.lowlevel.cancel_shielded_checkpoint()
+        ended, self._ended = self._ended, []
+        if ended:
+            self._answer(ended)
         if fatal is not None:
             raise fatal
 
@@ -425,6 +455,11 @@ class RingServer:
         self.pages.close()
         self._open.clear()
         self._backlog.clear()
+
+    def forsake(self) -> None:
+        """Nobody needs to wait for this ring any more."""
+        self._gone = True
+        self._quiet.unpark_all()
 
 
 def _rejected(request: Transfer | Indirect, reason: str) -> Rejected:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 
@@ -42,6 +42,42 @@ class CopyOp:
     to_guest: bool
 
 
+@attrs.frozen(kw_only=True)
+class NativeDomain:
+    """How native code reaches a guest's pages by itself: addresses and plain numbers.
+
+    Either the guest's memory and its grant table (an embedded guest), or a library's handle and
+    functions (Xen's libxengnttab).
+    """
+
+    writable: int = 0
+    readable: int = 0
+    table: int = 0
+    pages: int = 0
+    granted: int = 0
+    granted_readonly: int = 0
+    handle: int = 0
+    map: int = 0
+    unmap: int = 0
+    copy: int = 0
+    """0: there is none."""
+    close: Callable[[], None]
+    """When nothing uses it any more."""
+
+
+@attrs.frozen(kw_only=True)
+class NativeChannel:
+    """How native code uses an event channel: descriptors, or a library's handle and functions."""
+
+    fd: int
+    notify_fd: int = -1
+    port: int = 0
+    handle: int = 0
+    pending: int = 0
+    unmask: int = 0
+    notify: int = 0
+
+
 class EventChannel(abc.ABC):
     """One event channel bound to a guest's port.  Each has a file descriptor of its own."""
 
@@ -64,6 +100,10 @@ class EventChannel(abc.ABC):
     @abc.abstractmethod
     def notify(self) -> None:
         """Send the guest an event.  Never blocks, never raises when the guest is gone."""
+
+    def native(self) -> NativeChannel | None:
+        """For native code, which then is the only one to take, unmask and notify.  None: no way."""
+        return None
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -101,6 +141,13 @@ class Hypervisor(abc.ABC):
         The new channel is pending at once, since events may have been lost before.
         Raises `PortFailed`.
         """
+
+    def native_domain(self, domid: Domid) -> NativeDomain | None:
+        """A guest's pages for native code; valid until its `close`, even when the guest is gone.
+
+        None: there is no way.  Raises `GrantFailed`.
+        """
+        return None
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -11,7 +11,14 @@ import attrs
 import trio
 
 from xbd.core.errors import GrantFailed, PortFailed
-from xbd.core.hypervisor.base import CopyOp, EventChannel, GrantMapping, Hypervisor
+from xbd.core.hypervisor.base import (
+    CopyOp,
+    EventChannel,
+    GrantMapping,
+    Hypervisor,
+    NativeChannel,
+    NativeDomain,
+)
 from xbd.core.hypervisor.embedded_memory import GuestMemory, contiguous
 from xbd.core.hypervisor.embedded_wire import BACKEND_DOMID, WireError
 from xbd.core.hypervisor.gntst import GrantStatus
@@ -144,6 +151,12 @@ class EmbeddedHypervisor(Hypervisor):
             return [GrantStatus.BAD_DOMAIN] * len(ops)
         return [_copy(guest.memory, op) for op in ops]
 
+    def native_domain(self, domid: Domid) -> NativeDomain:
+        guest = self.guests.get(domid)
+        if guest is None:
+            raise GrantFailed(f"domain {domid} is not connected to the embedded host")
+        return guest.memory.native()
+
     def bind_interdomain(self, domid: Domid, remote_port: Port) -> EventChannel:
         guest = self.guests.get(domid)
         if guest is None:
@@ -244,6 +257,9 @@ class EmbeddedChannel(EventChannel):
     def notify(self) -> None:
         if self._offered is not None:
             _signal(self.notify_fd)
+
+    def native(self) -> NativeChannel:
+        return NativeChannel(fd=self.fd, notify_fd=self.notify_fd, port=self.port)
 
     def close(self) -> None:
         offered, self._offered = self._offered, None

@@ -17,6 +17,7 @@ from typing import Final
 
 import cffi
 
+from xbd.core.hypervisor.base import NativeDomain
 from xbd.core.hypervisor.embedded_wire import (
     BACKEND_DOMID,
     GRANT_ENTRY_SIZE,
@@ -96,6 +97,24 @@ class GuestMemory:
         self._table.release()
         self._writable.release()
         self._readable.release()
+
+    def native(self) -> NativeDomain:
+        """All of it for native code; it stays mapped until that is closed."""
+        views = [memoryview(view) for view in (self._writable, self._readable, self._table)]
+
+        def close() -> None:
+            for view in views:
+                view.release()
+
+        return NativeDomain(
+            writable=self._writable_address,
+            readable=self._readable_address,
+            table=address_of(self._table),
+            pages=self.pages,
+            granted=_GRANTED,
+            granted_readonly=_GRANTED_READONLY,
+            close=close,
+        )
 
     def check(self, ref: GrantRef, *, writable: bool) -> GrantStatus:
         """Whether the guest grants this page to us now.  Reads the guest's table once."""

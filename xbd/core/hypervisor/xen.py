@@ -7,13 +7,21 @@ import mmap
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import trio
 
 from xbd.core.errors import GrantFailed, HypervisorLost, HypervisorUnavailable, PortFailed
-from xbd.core.hypervisor.base import CopyOp, EventChannel, GrantMapping, Hypervisor
+from xbd.core.hypervisor.base import (
+    CopyOp,
+    EventChannel,
+    GrantMapping,
+    Hypervisor,
+    NativeChannel,
+    NativeDomain,
+)
 from xbd.core.hypervisor.gntst import GrantStatus
 from xbd.core.hypervisor.xenlibs import (
     GRANT_COPY_DEST_IS_REF,
@@ -105,6 +113,20 @@ class XenHypervisor(Hypervisor):
                 f"copying {len(ops)} times from or to domain {domid} failed: {os.strerror(number)}"
             )
         return [segment.status for segment in segments]
+
+    def native_domain(self, domid: Domid) -> NativeDomain:
+        self._require_open()
+        gnttab = self._gnttab
+        handle = gnttab.xengnttab_open(self._libraries.logger, 0)
+        if handle == ffi.NULL:
+            raise GrantFailed(f"opening {_GRANT_DEVICE} again failed: {os.strerror(ffi.errno)}")
+        return NativeDomain(
+            handle=_address(handle),
+            map=_address(gnttab.xengnttab_map_domain_grant_refs),
+            unmap=_address(gnttab.xengnttab_unmap),
+            copy=_address(gnttab.xengnttab_grant_copy) if self.can_copy else 0,
+            close=partial(gnttab.xengnttab_close, handle),
+        )
 
     def bind_interdomain(self, domid: Domid, remote_port: Port) -> EventChannel:
         self._require_open()
@@ -222,6 +244,17 @@ class XenChannel(EventChannel):
         if self._handle is not None:
             self._library.xenevtchn_notify(self._pointer, self.port)
 
+    def native(self) -> NativeChannel:
+        library = self._library
+        return NativeChannel(
+            fd=self.fd,
+            port=self.port,
+            handle=_address(self._pointer),
+            pending=_address(library.xenevtchn_pending),
+            unmask=_address(library.xenevtchn_unmask),
+            notify=_address(library.xenevtchn_notify),
+        )
+
     def close(self) -> None:
         handle, self._handle = self._handle, None
         if handle is None:
@@ -230,6 +263,11 @@ class XenChannel(EventChannel):
             trio.lowlevel.notify_closing(self.fd)
         handle.close()  # which unbinds the port
         self._hypervisor.forget_channel(self)
+
+
+def _address(pointer: Any) -> int:
+    """Of memory or of a function."""
+    return int(ffi.cast("uintptr_t", pointer))
 
 
 def _crosses_page(op: CopyOp) -> bool:
