@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 import tomllib
 from collections.abc import Callable
 from functools import partial
@@ -16,16 +17,17 @@ from cattrs.gen import make_dict_structure_fn
 
 from xbd.core.backend.policy import FeatureToggles, Limits, OnStop, Policy, between
 from xbd.core.control import DEFAULT_SOCKET
-from xbd.core.datapath.config import GrantMode
+from xbd.core.datapath.config import DataPath, GrantMode
 from xbd.core.errors import ConfigError
 
 DEFAULT_CONFIG_PATH: Final = Path("/etc/xbd/xbd.toml")
 """Read when it exists and no other file is named."""
 
 
-def _absolute(_instance: object, _attribute: attrs.Attribute[Any], value: Path | None) -> None:
+# Validators begin their errors with the attribute's name: unlike converters', which cattrs names.
+def _absolute(_instance: object, attribute: attrs.Attribute[Any], value: Path | None) -> None:
     if value is not None and not value.is_absolute():
-        raise ValueError(f"{str(value)!r} is not an absolute path")
+        raise ValueError(f"{attribute.name}: {str(value)!r} is not an absolute path")
 
 
 def _each_absolute(instance: object, attribute: attrs.Attribute[Any], value: list[Path]) -> None:
@@ -33,12 +35,23 @@ def _each_absolute(instance: object, attribute: attrs.Attribute[Any], value: lis
         _absolute(instance, attribute, path)
 
 
-def _kinds(_instance: object, _attribute: attrs.Attribute[Any], value: list[str]) -> None:
+def _plain(instance: object, attribute: attrs.Attribute[Any], value: Path | None) -> None:
+    """A path that stands in a URI among QEMU's options, where some characters mean something."""
+    _absolute(instance, attribute, value)
+    if value is not None and not re.fullmatch(r"[A-Za-z0-9/._-]+", str(value)):
+        raise ValueError(
+            f"{attribute.name}: {str(value)!r} has other characters than A-Z a-z 0-9 / . _ -"
+        )
+
+
+def _kinds(_instance: object, attribute: attrs.Attribute[Any], value: list[str]) -> None:
     if not value:
-        raise ValueError("at least one kind is needed")
+        raise ValueError(f"{attribute.name}: at least one kind is needed")
     for kind in value:
         if not kind.isascii() or not kind.replace("_", "").isalnum():
-            raise ValueError(f"{kind!r} is not a kind of backend; the usual ones are vbd3 and vbd")
+            raise ValueError(
+                f"{attribute.name}: {kind!r} is not a kind of backend; usual are vbd3 and vbd"
+            )
 
 
 @attrs.frozen(kw_only=True)
@@ -60,10 +73,18 @@ class BackendConfig:
     kinds: list[str] = attrs.field(factory=lambda: ["vbd3"], validator=_kinds)
     """Backend directories to watch."""
     grants: GrantMode = GrantMode.AUTO
+    datapath: DataPath = DataPath.AUTO
+    """Who moves the bytes: threads in C, or Python."""
+    io_threads: int = attrs.field(default=0, validator=between(0, 64))
+    """Of the native data path; 0: by the number of CPUs."""
+    spin_us: int = attrs.field(default=-1, validator=between(-1, 1000))
+    """How long one of them looks for work before it sleeps; -1: 50, and 0 with a single CPU."""
     journal_dir: Path | None = attrs.field(default=Path("/run/xbd/journal"), validator=_absolute)
     """On tmpfs; survives the daemon."""
     image_dirs: list[Path] = attrs.field(factory=list, validator=_each_absolute)
     """Directories in which files that an image names (backing files) may be opened."""
+    nbd_dir: Path | None = attrs.field(default=Path("/run/xbd/nbd"), validator=_plain)
+    """Where disks of HVM guests have sockets for QEMU, which emulates them; empty: nowhere."""
     on_stop: OnStop = OnStop.CLOSE
     """SIGTERM closes the disks (guests lose them), or leaves them for the next daemon."""
 
@@ -99,9 +120,13 @@ class Config:
         """What devices are told."""
         return Policy(
             grants=self.backend.grants,
+            datapath=self.backend.datapath,
+            io_threads=self.backend.io_threads,
+            spin_us=self.backend.spin_us,
             journal_dir=self.backend.journal_dir,
             image_dirs=tuple(self.backend.image_dirs),
             on_stop=self.backend.on_stop,
+            nbd_dir=self.backend.nbd_dir,
             limits=self.limits,
             features=self.features,
         )
@@ -153,6 +178,10 @@ def _structure_path(value: Any, _type: Any) -> Path:
     return Path(value)
 
 
+def _structure_optional_path(value: Any, type_: Any) -> Path | None:
+    return None if value == "" else _structure_path(value, type_)
+
+
 def _structure_enum(value: Any, type_: type[enum.Enum]) -> enum.Enum:
     try:
         return type_(value)
@@ -173,7 +202,8 @@ def _make_converter() -> cattrs.Converter:
     for plain in (bool, int, float, str):
         converter.register_structure_hook(plain, _strict(plain))
     converter.register_structure_hook(Path, _structure_path)
-    for choice in (GrantMode, OnStop):
+    converter.register_structure_hook(Path | None, _structure_optional_path)
+    for choice in (DataPath, GrantMode, OnStop):
         converter.register_structure_hook(choice, _structure_enum)
     converter.register_structure_hook_func(_has_origin(Literal), _structure_literal)
     converter.register_structure_hook_func(_has_origin(list), partial(_structure_list, converter))
@@ -225,9 +255,14 @@ def _problems(error: BaseException, where: str) -> list[str]:
             for exception, note in inner
             for phrase in _problems(exception, f"{where}.{note.name}".lstrip("."))
         ]
-        return problems + [phrase for exception in plain for phrase in _problems(exception, where)]
+        return problems + [_section_problem(exception, where) for exception in plain]
+    return [f"{where}: {error}" if where else str(error)]
+
+
+def _section_problem(error: BaseException, where: str) -> str:
+    """What is wrong with a section as a whole, or what a validator says."""
     if isinstance(error, ForbiddenExtraKeysError):
         known = ", ".join(sorted(field.name for field in attrs.fields(error.cl)))
         extra = ", ".join(f"{where}.{key}".lstrip(".") for key in sorted(error.extra_fields))
-        return [f"unknown: {extra} (known: {known})"]
-    return [f"{where}: {error}" if where else str(error)]
+        return f"unknown: {extra} (known: {known})"
+    return f"{where}.{error}".lstrip(".")

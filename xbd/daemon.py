@@ -10,6 +10,8 @@ import gc
 import os
 import signal
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,10 +24,12 @@ from xbd import __version__
 from xbd.config import Config
 from xbd.core.backend.device import Services
 from xbd.core.backend.failure import worst
+from xbd.core.backend.orders import ORDERS, carry_out
 from xbd.core.backend.report import describe_device
 from xbd.core.backend.supervisor import Supervisor
 from xbd.core.control import SOCKET_NAME
 from xbd.core.control.server import Handler, serve
+from xbd.core.datapath.native.threads import NativeThreads, describe_threads, start_threads
 from xbd.core.errors import ConfigError
 from xbd.core.hypervisor import Hypervisor
 from xbd.core.xenstore.server import EmbeddedXenStore
@@ -49,6 +53,8 @@ async def run_daemon(config: Config, *, embedded: Path | None = None) -> None:
         config = _for_embedded(config, embedded)
     if config.backend.journal_dir is not None:
         _make_directory("journal directory", config.backend.journal_dir)
+    if config.backend.nbd_dir is not None:
+        _make_directory("NBD directory", config.backend.nbd_dir)
     opening = xen_host(config) if embedded is None else embedded_host(embedded)
     try:
         async with opening as host:
@@ -62,7 +68,9 @@ def _for_embedded(config: Config, directory: Path) -> Config:
     """Everything that the daemon makes lies in the embedded host's directory."""
     return attrs.evolve(
         config,
-        backend=attrs.evolve(config.backend, journal_dir=directory / "journal"),
+        backend=attrs.evolve(
+            config.backend, journal_dir=directory / "journal", nbd_dir=directory / "nbd"
+        ),
         control=attrs.evolve(config.control, socket=directory / SOCKET_NAME),
     )
 
@@ -117,13 +125,23 @@ class Daemon:
         self._notifier = sdnotify.SystemdNotifier()
         self._started = time.monotonic()
         self._stopping = False
+        self._threads: NativeThreads | None = None
 
     async def run(self) -> None:
         """Until told to stop."""
         store, config = self._host.store, self._config
         base = await own_directory(store, config.store.domid)
+        with start_threads(config.policy) as self._threads:
+            await self._serve(base)
+
+    async def _serve(self, base: str) -> None:
+        store, config = self._host.store, self._config
         services = Services(
-            store=store, base=base, hypervisor=self._host.hypervisor, policy=config.policy
+            store=store,
+            base=base,
+            hypervisor=self._host.hypervisor,
+            policy=config.policy,
+            threads=self._threads,
         )
         supervisor = Supervisor(services, config.backend.kinds)
         supervisor.on_change = lambda: self._status(supervisor)
@@ -145,6 +163,7 @@ class Daemon:
             f"xbd {__version__} serves {', '.join(self._config.backend.kinds)}",
             hypervisor=self._host.hypervisor.name,
             control=str(self._config.control.socket),
+            data_path=describe_threads(self._threads, self._config.backend.datapath),
         )
         self._notifier.notify("READY=1")
         self._status(supervisor)
@@ -183,18 +202,30 @@ class Daemon:
         async def list_devices(_arguments: dict[str, Any]) -> list[dict[str, Any]]:
             return [describe_device(supervisor.devices[key]) for key in sorted(supervisor.devices)]
 
+        config = self._config
+
         async def status(_arguments: dict[str, Any]) -> dict[str, Any]:
             hypervisor = self._host.hypervisor
             return {
                 "version": __version__,
                 "pid": os.getpid(),
                 "hypervisor": hypervisor.name,
+                "data_path": describe_threads(self._threads, config.backend.datapath),
                 "kinds": self._config.backend.kinds,
                 "devices": len(supervisor.devices),
+                "connections": Counter(
+                    how
+                    for device in supervisor.devices.values()
+                    if device.disk is not None and (how := device.disk.describe()) is not None
+                ),
                 "mapped_pages": hypervisor.mapped_pages,
                 "bound_ports": hypervisor.bound_ports,
                 "uptime_seconds": round(time.monotonic() - self._started, 3),
                 "stopping": self._stopping,
             }
 
-        return {"list": list_devices, "status": status}
+        async def order(name: str, arguments: dict[str, Any]) -> None:
+            _log.info(await carry_out(name, supervisor.devices.values(), arguments))
+
+        orders = {name: partial(order, name) for name in ORDERS}
+        return {"list": list_devices, "status": status, **orders}

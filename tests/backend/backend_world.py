@@ -20,6 +20,7 @@ from xbd.core.backend.supervisor import Supervisor
 from xbd.core.blkif import X86_64, FrontRing, constants
 from xbd.core.blkif.encode import encode_rw
 from xbd.core.blkif.state import XenbusState
+from xbd.core.datapath.native.threads import HOST_PAGES, NativeThreads
 from xbd.core.hostio.fence import full_fence
 from xbd.core.hypervisor.embedded import EmbeddedHost
 from xbd.core.hypervisor.embedded_guest import GuestDomain
@@ -35,7 +36,9 @@ MIB = 1 << 20
 
 
 @asynccontextmanager
-async def embedded_world(directory: Path, policy: Policy | None = None):
+async def embedded_world(
+    directory: Path, policy: Policy | None = None, threads: NativeThreads | None = None
+):
     directory = directory / "host"
     with structlog.testing.capture_logs() as log:
         async with (
@@ -44,20 +47,21 @@ async def embedded_world(directory: Path, policy: Policy | None = None):
             StoreClient.connect(server.path) as store,
             trio.open_nursery() as nursery,
         ):
-            world = World(directory, host, server, store, nursery, log)
+            world = World(directory, host, server, store, nursery, log, threads)
             world.policy = policy or world.policy
             yield world
             nursery.cancel_scope.cancel()
 
 
 class World:
-    def __init__(self, directory, host, server, store, nursery, log):
+    def __init__(self, directory, host, server, store, nursery, log, threads=None):
         self.directory = directory
         self.host = host
         self.server = server
         self.store = store
         self.nursery = nursery
         self.log = log
+        self.threads = threads
         # Scripted guests don't close by themselves: don't wait for them.
         limits = Limits(frontend_seconds=0.05)
         self.policy = Policy(journal_dir=directory / "journal", limits=limits)
@@ -74,6 +78,7 @@ class World:
             base=BASE,
             hypervisor=self.host.hypervisor,
             policy=self.policy,
+            threads=self.threads,
         )
         self.supervisor = Supervisor(services, list(kinds) or ["vbd3"])
         self._ended = trio.Event()
@@ -100,6 +105,7 @@ class World:
                 await self._ended.wait()
         assert self.host.hypervisor.mapped_pages == 0
         assert self.host.hypervisor.bound_ports == 0
+        assert self.threads is None or self.threads.pages_left == HOST_PAGES
         assert not [entry for entry in self.log if entry.get("exc_info")]
 
     def device(self, attachment):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import trio
 from backend_world import BASE, MIB, Frontend
+from data_paths import NATIVE, PYTHON
 
 from xbd.core.backend.policy import Limits, OnStop
 from xbd.core.blkif import constants
 from xbd.core.blkif.state import XenbusState
+
+pytestmark = pytest.mark.parametrize("threads", [PYTHON, NATIVE], indirect=True)
 
 INITIALISING = XenbusState.INITIALISING
 INIT_WAIT = XenbusState.INIT_WAIT

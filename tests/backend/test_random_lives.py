@@ -8,10 +8,13 @@ from contextlib import suppress
 import pytest
 import trio
 from backend_world import Frontend
+from data_paths import NATIVE, PYTHON
 
 from xbd.core.backend.policy import Limits
 from xbd.core.blkif.state import XenbusState
 from xbd.core.errors import StoreLost
+
+pytestmark = pytest.mark.parametrize("threads", [PYTHON, NATIVE], indirect=True)
 
 STEPS = 60
 

@@ -7,5 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+for room in (HERE, HERE.parent / "driver"):
+    sys.path.insert(0, str(room))
 pytest.register_assert_rewrite("daemon_process")

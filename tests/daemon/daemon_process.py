@@ -1,4 +1,4 @@
-"""Runs ``xbd`` as a process, and waits for what it says."""
+"""Runs ``xbd`` as a process, and waits for what it says; and a guest for it, in the test itself."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ from functools import partial
 
 import trio
 
+from xbd.core.frontend.device import connect
+from xbd.core.frontend.options import FrontendOptions
+from xbd.core.frontend.toolstack import DiskLine, Toolstack
+from xbd.core.hypervisor.embedded_guest import GuestDomain
+from xbd.core.units import Domid
+from xbd.core.xenstore.client import StoreClient
+
 SECONDS = 60.0
 """Processes start slowly on a busy machine."""
+DOMID = Domid(5)
 
 
 class Process:
@@ -97,3 +105,38 @@ async def run(*arguments, **environment):
             env=environment_with(environment),
         )
     return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+@asynccontextmanager
+async def guest_with(directory, line):
+    """A guest with one disk attached; its toolstack and memory."""
+    async with (
+        StoreClient.connect(directory / "xenstored.socket") as store,
+        GuestDomain.connect(directory, DOMID, pages=2048) as guest,
+    ):
+        toolstack = Toolstack(store)
+        await toolstack.create_domain(DOMID, "test")
+        await toolstack.attach(DOMID, line)
+        yield toolstack, store, guest
+
+
+@asynccontextmanager
+async def disk_of(directory, guest, line, options=None):
+    path = directory / f"xenstored-{DOMID}.socket"
+    async with (
+        StoreClient.connect(path) as own,
+        connect(own, guest, line.devid, options) as disk,
+    ):
+        yield disk
+
+
+@asynccontextmanager
+async def guest_disk(directory, target):
+    """A guest's disk, connected, and detached at the end."""
+    line = DiskLine(target=target)
+    options = FrontendOptions(ring_order=1, queues=1)
+    async with guest_with(directory, line) as (toolstack, _, guest):
+        async with disk_of(directory, guest, line, options) as disk:
+            yield disk
+        await toolstack.detach(DOMID, line)
+        await toolstack.destroy_domain(DOMID)

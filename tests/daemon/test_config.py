@@ -27,6 +27,7 @@ def test_every_section_is_read():
         grants = "copy"
         journal_dir = "/run/j"
         image_dirs = ["/srv/images"]
+        nbd_dir = "/run/n"
         on_stop = "keep"
         [limits]
         disks_per_domain = 7
@@ -48,6 +49,7 @@ def test_every_section_is_read():
     assert config.backend.grants is GrantMode.COPY
     assert config.backend.image_dirs == [Path("/srv/images")]
     assert config.backend.on_stop is OnStop.KEEP
+    assert config.policy.nbd_dir == Path("/run/n")
     assert config.limits.disks_per_domain == 7
     assert config.limits.drain_seconds == 3.0
     assert config.features.discard is False
@@ -55,24 +57,38 @@ def test_every_section_is_read():
     assert config.log.format == "json"
 
 
+def test_an_empty_path_is_none():
+    config = parse_config("[backend]\nnbd_dir = ''\njournal_dir = ''", name="x")
+    assert config.backend.nbd_dir is None
+    assert config.backend.journal_dir is None
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("[backend]\nkind = ['vbd']", "unknown: backend.kind (known: grants, image_dirs"),
+        ("[backend]\nkind = ['vbd']", "unknown: backend.kind (known: datapath, grants, image_dirs"),
         ("[frontend]\n", "unknown: frontend (known: backend, control,"),
         ("kinds = 3", "kinds stands outside of a [section]"),
         ("[backend]\nkinds = 'vbd'", "backend.kinds: 'vbd' is not a list"),
-        ("[backend]\nkinds = []", "at least one kind"),
-        ("[backend]\nkinds = ['../x']", "'../x' is not a kind of backend"),
+        ("[backend]\nkinds = []", "backend.kinds: at least one kind"),
+        ("[backend]\nkinds = ['../x']", "backend.kinds: '../x' is not a kind of backend"),
         ("[backend]\nkinds = [3]", "backend.kinds: 3 is not text"),
         ("[backend]\ngrants = 'steal'", "backend.grants: 'steal' is not one of: auto, persistent"),
+        ("[backend]\ndatapath = 'rust'", "'rust' is not one of: auto, native, python"),
+        ("[backend]\nio_threads = 65", "backend.io_threads: 65 is not between 0 and 64"),
+        ("[backend]\nspin_us = 5000", "backend.spin_us: 5000 is not between -1 and 1000"),
         ("[backend]\non_stop = 'crash'", "backend.on_stop: 'crash' is not one of: close, keep"),
-        ("[backend]\nimage_dirs = ['srv']", "'srv' is not an absolute path"),
-        ("[store]\npath = 'xenstored'", "'xenstored' is not an absolute path"),
+        ("[backend]\nimage_dirs = ['srv']", "backend.image_dirs: 'srv' is not an absolute path"),
+        ("[backend]\nnbd_dir = 'nbd'", "backend.nbd_dir: 'nbd' is not an absolute path"),
+        (
+            "[backend]\nnbd_dir = '/run/a,b'",
+            "backend.nbd_dir: '/run/a,b' has other characters than",
+        ),
+        ("[store]\npath = 'xenstored'", "store.path: 'xenstored' is not an absolute path"),
         ("[store]\npath = 5", "store.path: 5 is not a path"),
         ("[features]\nflush = 'no'", "features.flush: 'no' is not true or false"),
         ("[features]\nflush = 1", "features.flush: 1 is not true or false"),
-        ("[features]\nmax_queues = 0", "0 is not between 1 and 32"),
+        ("[features]\nmax_queues = 0", "features.max_queues: 0 is not between 1 and 32"),
         ("[features]\nmax_queues = '2'", "features.max_queues: '2' is not a whole number"),
         ("[limits]\ndrain_seconds = 'long'", "limits.drain_seconds: 'long' is not a number"),
         ("[limits]\ndisks_per_domain = true", "True is not a whole number"),

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
-from contextlib import asynccontextmanager
 
 import pytest
 import trio
-from daemon_process import SECONDS, run, running, starter
+from daemon_process import DOMID, SECONDS, disk_of, guest_with, run, running, starter
+from sample_packages import CHUNKS, install
 
 from xbd.core.control.client import ask
-from xbd.core.frontend.device import connect
+from xbd.core.datapath import native
 from xbd.core.frontend.toolstack import AttachFailed, DiskLine, Toolstack
 from xbd.core.hypervisor.embedded_guest import GuestDomain
-from xbd.core.units import Domid
 from xbd.core.xenstore.client import StoreClient
 
 MIB = 1 << 20
-DOMID = Domid(5)
 
 
 @pytest.fixture
@@ -33,29 +30,6 @@ def image(tmp_path):
     path = tmp_path / "disk.img"
     path.write_bytes(bytes(MIB))
     return path
-
-
-@asynccontextmanager
-async def guest_with(directory, line):
-    """A guest with one disk attached; its toolstack and memory."""
-    async with (
-        StoreClient.connect(directory / "xenstored.socket") as store,
-        GuestDomain.connect(directory, DOMID, pages=2048) as guest,
-    ):
-        toolstack = Toolstack(store)
-        await toolstack.create_domain(DOMID, "test")
-        await toolstack.attach(DOMID, line)
-        yield toolstack, store, guest
-
-
-@asynccontextmanager
-async def disk_of(directory, guest, line):
-    path = directory / f"xenstored-{DOMID}.socket"
-    async with (
-        StoreClient.connect(path) as own,
-        connect(own, guest, line.devid) as disk,
-    ):
-        yield disk
 
 
 async def test_serve_a_disk_list_it_and_stop(directory, image):
@@ -248,57 +222,29 @@ async def test_a_disk_that_cannot_be_opened_fails_its_attach_with_the_reason(
     assert "Traceback" not in daemon.said
 
 
-async def test_a_killed_daemon_that_no_guest_notices(directory, image):
-    """Killed again and again while a guest writes: every write is done once it is answered."""
-    line = DiskLine(target=f"imagefile:{image}")
-    serve = ("serve", "--embedded", directory)
-    size = image.stat().st_size
-    rounds = 0
-    said = ""
-    written = {}
-    progress = trio.Event()
-
-    async def write(disk, worker):
-        nonlocal progress
-        while rounds < 4:
-            for offset in range(worker * 4096, size, 16 * 4096):
-                data = os.urandom(4096)
-                await disk.write(offset, data)
-                written[offset] = data
-                progress.set()
-                progress = trio.Event()
-                if rounds >= 4:
-                    break
-
-    async with starter() as start:
-        store = await start("xenstored", directory)
-        await store.says("XenStore is served")
-        daemon = await start(*serve)
+@pytest.mark.skipif(native.why_not is not None, reason=f"no native data path: {native.why_not}")
+async def test_a_driver_of_somebody_else_is_served_natively(directory, tmp_path):
+    """It was written for the interface alone; what serves it is none of its business."""
+    install(CHUNKS, tmp_path / "packages")
+    (tmp_path / "disk").mkdir()
+    config = tmp_path / "xbd.toml"
+    config.write_text('[backend]\ndatapath = "native"\n')
+    environment = {"PYTHONPATH": tmp_path / "packages", "XDG_CACHE_HOME": tmp_path / "cache"}
+    line = DiskLine(target=f"chunks:{tmp_path}/disk?size=3M")
+    serve = ("serve", "--config", config, "--embedded", directory)
+    async with running(*serve, **environment) as daemon:
         await daemon.says("serves vbd3")
         async with (
             guest_with(directory, line) as (_, _, guest),
             disk_of(directory, guest, line) as disk,
         ):
-            async with trio.open_nursery() as nursery:
-                for worker in range(16):
-                    nursery.start_soon(write, disk, worker)
-                with trio.fail_after(SECONDS):
-                    for _ in range(4):
-                        answered = 0
-                        while answered < 300:
-                            await progress.wait()
-                            answered += 1
-                        await daemon.stop(signal.SIGKILL)
-                        said += daemon.said
-                        daemon = await start(*serve)
-                        await daemon.says("connect identifier")
-                        rounds += 1
-            with trio.fail_after(SECONDS):
-                for offset, data in written.items():
-                    assert await disk.read(offset, 4096) == data
+            for letter in (b"1", b"2"):
+                await disk.write(MIB - 4096, letter * 8192)
+                assert await disk.read(MIB - 4096, 8192) == letter * 8192
+            (device,) = await ask(directory / "control.sock", "list")
         assert await daemon.stop() == 0
-        assert "another ring" not in said + daemon.said
-        assert await store.stop() == 0
-    content = image.read_bytes()
-    for offset, data in written.items():
-        assert content[offset : offset + 4096] == data
+    assert device["driver"] == "chunks"
+    assert device["data_path"].startswith("native, ")
+    assert (tmp_path / "disk" / "00000000").read_bytes()[-4096:] == b"2" * 4096
+    assert (tmp_path / "disk" / "00000001").read_bytes()[:4096] == b"2" * 4096
+    assert "Traceback" not in daemon.said

@@ -17,6 +17,7 @@ DEVICE = {
     "size": 1 << 30,
     "mode": "rw",
     "state": "connected",
+    "paused": False,
     "protocol": "x86_64-abi",
     "queues": 2,
     "ring_pages": 16,

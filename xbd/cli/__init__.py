@@ -31,6 +31,13 @@ class Subcommand:
 SUBCOMMANDS: Final = {
     "serve": Subcommand("xbd.cli.serve:serve", "Serve guests' disks until SIGTERM."),
     "list": Subcommand("xbd.cli.list:list_", "Show the disks that a running daemon serves."),
+    "status": Subcommand("xbd.cli.status:status", "Show how a running daemon is doing."),
+    "pause": Subcommand("xbd.cli.orders:pause", "Let a guest wait for its disk."),
+    "resume": Subcommand("xbd.cli.orders:resume", "Let it go on."),
+    "resize": Subcommand("xbd.cli.orders:resize", "Change the size of a disk in use."),
+    "snapshot": Subcommand("xbd.cli.orders:snapshot", "Keep a disk in use as it is now."),
+    "export": Subcommand("xbd.cli.export:export", "Serve a disk to NBD clients."),
+    "image": Subcommand("xbd.cli.image:image", "Make, look at, check and change disk images."),
     "drivers": Subcommand("xbd.cli.drivers:drivers", "Show the installed storage drivers."),
     "demo": Subcommand("xbd.cli.demo:demo", "Serve a disk to a guest in user space, without Xen."),
     "xenstored": Subcommand("xbd.cli.serve:xenstored", "Serve a XenStore on UNIX sockets."),

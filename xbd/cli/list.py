@@ -14,7 +14,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from xbd.core.control import DEFAULT_SOCKET, SOCKET_NAME
+from xbd.cli.asking import ask_daemon, daemon_options
 
 _NOTHING = "-"
 _PIPE_WIDTH = 1000
@@ -22,26 +22,11 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 @click.command("list")
-@click.option(
-    "--socket",
-    type=click.Path(path_type=Path),
-    help="The daemon's control socket, where it is not the usual one.",
-)
-@click.option(
-    "--embedded",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Ask the daemon of the embedded host in DIR.",
-)
+@daemon_options
 @click.option("--json", "as_json", is_flag=True, help="For programs: one JSON list.")
 def list_(socket: Path | None, embedded: Path | None, as_json: bool) -> None:
     """Show every disk: whose it is, what is behind it, and what it has done."""
-    import trio
-
-    from xbd.core.control.client import ask
-
-    path = socket or (embedded / SOCKET_NAME if embedded else DEFAULT_SOCKET)
-    devices = trio.run(ask, path, "list")
+    devices = ask_daemon(socket, embedded, "list")
     if as_json:
         click.echo(json.dumps(devices, indent=2))
     elif devices:
@@ -115,7 +100,7 @@ def _row(device: dict[str, Any]) -> list[str]:
         device["image"],
         human_size(device["size"]),
         device["mode"],
-        device["state"],
+        f"{device['state']}, paused" if device["paused"] else device["state"],
         device["protocol"],
         rings,
         device["data_path"],

@@ -40,6 +40,9 @@ def serve(
 
     config = load_config(config_path)
     if check:
+        from xbd.core.datapath.native.threads import check_data_path
+
+        check_data_path(config.backend.datapath)
         click.echo("The configuration is good.")
         return
     if log_level:

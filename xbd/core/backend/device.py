@@ -8,6 +8,7 @@ device never overlap.
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import attrs
 import trio
@@ -15,6 +16,7 @@ import trio
 from xbd.core.backend.bell import Bell, Pace
 from xbd.core.backend.diagnostics import Diagnostics
 from xbd.core.backend.diskless import failed_state, refused_state, serve_without_disk
+from xbd.core.backend.emulated import Emulation, emulated, may_be_emulated
 from xbd.core.backend.failure import FailureBudget, is_store_lost, stops_daemon, worst
 from xbd.core.backend.identity import DeviceId
 from xbd.core.backend.keys import OwnKeys
@@ -26,6 +28,7 @@ from xbd.core.backend.publish import choose_features
 from xbd.core.backend.serving import Serving
 from xbd.core.blkif.state import XenbusState
 from xbd.core.datapath import Budgets, Disk, FrontendConfig
+from xbd.core.datapath.native.threads import NativeThreads
 from xbd.core.driver import Capability, DeviceAccess, DiskSpec, open_disk
 from xbd.core.errors import ConfigError, StoreError, StoreLost
 from xbd.core.hypervisor import Hypervisor
@@ -49,6 +52,8 @@ class Services:
     """This domain's directory in XenStore, ``/local/domain/0``."""
     hypervisor: Hypervisor
     policy: Policy
+    threads: NativeThreads | None = None
+    """Of the native data path; None: disks are served in Python."""
     budgets: Budgets = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -77,6 +82,7 @@ class Device:
         self._node = Node(services.store, services.base, device)
         self._bell = Bell()
         self._stopping = trio.Event()
+        self._emulation: Emulation | None = None
         self._pace = Pace(_FREE_CONNECTS, _CONNECT_PAUSE_SECONDS)
         limits = services.policy.limits
         self._budget = FailureBudget(limits.failures, limits.failure_window_seconds)
@@ -96,6 +102,26 @@ class Device:
         """What the connected frontend chose; None while there is none."""
         connection = self.disk.connection if self.disk is not None else None
         return connection.frontend if connection is not None else None
+
+    @property
+    def nbd(self) -> Path | None:
+        """The socket from which QEMU can emulate the disk."""
+        return self._emulation.path if self._emulation is not None else None
+
+    @property
+    def emulating(self) -> bool:
+        """Whether QEMU does so now."""
+        return self._emulation is not None and self._emulation.busy
+
+    @property
+    def drain_seconds(self) -> float:
+        """How long to wait for requests that storage has not finished."""
+        return self._policy.limits.drain_seconds
+
+    async def announce_size(self) -> None:
+        """The disk has another size: tell the frontend."""
+        if self.disk is not None:
+            await self._node.announce_size(self.disk.access.geometry)
 
     def ring(self) -> None:
         """Something may have changed."""
@@ -184,7 +210,7 @@ class Device:
                 try:
                     return await self._serve(own, access)
                 finally:
-                    self.disk = None
+                    self.disk = self._emulation = None
         return await self._refuse(own, refusal)
 
     async def _open(self, own: OwnKeys, stack: AsyncExitStack) -> DeviceAccess:
@@ -202,6 +228,23 @@ class Device:
         return access
 
     async def _serve(self, own: OwnKeys, access: DeviceAccess) -> Outcome:
+        emulation = emulated(
+            access,
+            await self._nbd_path(own),
+            self._diagnostics,
+            drain_seconds=self.drain_seconds,
+        )
+        async with emulation as self._emulation:
+            return await self._serve_guest(own, access)
+
+    async def _nbd_path(self, own: OwnKeys) -> Path | None:
+        """Where QEMU is to find the disk: the same place after a restart."""
+        directory = self._policy.nbd_dir
+        if directory is None or not may_be_emulated(self.id.kind, own):
+            return None
+        return directory / self.id.name if await self._node.is_hvm() else None
+
+    async def _serve_guest(self, own: OwnKeys, access: DeviceAccess) -> Outcome:
         policy = self._policy
         features = choose_features(policy.features, policy.grants, access.capabilities, own)
         self.disk = disk = Disk(
@@ -214,10 +257,11 @@ class Device:
             grants=policy.grants,
             journal_dir=policy.journal_dir,
             budget=self._services.budgets.of(self.id.domid),
+            threads=self._services.threads,
         )
         if own.state in (*NEW, XenbusState.INIT_WAIT):
             new = XenbusState.INIT_WAIT
-            if not await self._node.publish(own, disk, new):
+            if not await self._node.publish(own, disk, new, nbd=self.nbd):
                 return Outcome.AGAIN
         async with trio.open_nursery() as nursery:
             link = Link(disk, nursery, self._bell)

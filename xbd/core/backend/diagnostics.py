@@ -78,6 +78,14 @@ class Diagnostics:
         else:
             self._bug("cannot open the disk after an internal error", error)
 
+    def not_emulated(self, error: BaseException) -> None:
+        """QEMU can't have the disk; the guest's own drivers can."""
+        text = f"no emulated disk, only the guest's own drivers find it: {one_line(error)}"
+        if isinstance(error, XbdError):
+            self._limited("warning", text)
+        else:
+            self._bug(text, error)
+
     def connected(self, frontend: FrontendConfig, how: str | None) -> None:
         ports = ",".join(str(queue.event_channel) for queue in frontend.queues)
         devid = self.device.devid

@@ -17,6 +17,9 @@ STATUS_KEY = "xbd-status"
 """``open`` or ``error``; the hotplug script reads it once it is run."""
 ERROR_KEY = "xbd-error"
 """With ``error``: one line for the administrator."""
+NBD_KEY = "xbd-nbd"
+"""With ``open``, for HVM guests: the socket from which QEMU can emulate the disk; the script makes
+it known to libxl."""
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:

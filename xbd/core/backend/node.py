@@ -10,9 +10,12 @@ from __future__ import annotations
 import platform
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
+from functools import partial
+from pathlib import Path
 
 from xbd.core.backend.failure import (
     ERROR_KEY,
+    NBD_KEY,
     STATUS_KEY,
     clear_error_node,
     for_store,
@@ -26,9 +29,11 @@ from xbd.core.backend.keys import (
     read_frontend_state,
     read_own,
 )
-from xbd.core.backend.publish import offer
+from xbd.core.backend.publish import offer, size_keys
 from xbd.core.blkif.state import XenbusState
 from xbd.core.datapath import Disk, Features, FrontendConfig
+from xbd.core.driver import Geometry
+from xbd.core.errors import StoreError
 from xbd.core.xenstore.base import Store, StoreReader, Watch
 
 Body = Callable[[StoreReader], Awaitable[None]]
@@ -100,19 +105,50 @@ class Node:
 
         return await self._change(expected, body)
 
-    async def publish(self, own: OwnKeys, disk: Disk, state: XenbusState) -> bool:
-        """Geometry, features and xbd-status, and then the state (InitWait)."""
+    async def is_hvm(self) -> bool:
+        """Whether the guest is an HVM domain; only known in the toolstack's own domain."""
+        try:
+            return await self._store.read(f"/libxl/{self.device.domid}/type") == "hvm"
+        except StoreError:
+            return False
+
+    async def publish(
+        self, own: OwnKeys, disk: Disk, state: XenbusState, *, nbd: Path | None = None
+    ) -> bool:
+        """Geometry, features and xbd-status, and then the state (InitWait).
+
+        `nbd`: the socket for QEMU, if there is one.
+        """
         keys = offer(disk.access.geometry, disk.features, own, read_only=disk.read_only)
 
         async def body(tree: StoreReader) -> None:
             for name, value in keys.items():
                 await tree.write(f"{self.path}/{name}", str(value))
+            if nbd is not None:
+                await tree.write(f"{self.path}/{NBD_KEY}", str(nbd))
             await tree.write(f"{self.path}/{STATUS_KEY}", "open")
             await tree.remove(f"{self.path}/{ERROR_KEY}")
             await clear_error_node(tree, self.device, self._base)
             await self._write_state(tree, state)
 
         return await self._change(own.state, body)
+
+    async def announce_size(self, geometry: Geometry) -> None:
+        """The size that a resize has left.
+
+        A connected frontend looks at it when our state is written again (blkif.h, 'resize'); one
+        that is yet to connect reads it then.
+        """
+        announced = False
+        while not announced and (own := await self.read()) is not None:
+            write = partial(self._write_size, own.state, geometry)
+            announced = await self._change(own.state, write)
+
+    async def _write_size(self, state: XenbusState, geometry: Geometry, tree: StoreReader) -> None:
+        for name, value in size_keys(geometry).items():
+            await tree.write(f"{self.path}/{name}", str(value))
+        if state is XenbusState.CONNECTED:
+            await self._write_state(tree, state)
 
     async def fail(self, expected: XenbusState, error: BaseException, state: XenbusState) -> bool:
         """Say why the disk can't be served: xbd-status, xbd-error, the error node; then the state.

@@ -8,16 +8,16 @@ from typing import Any
 
 import attrs
 
-from xbd.core.datapath.config import GrantMode
+from xbd.core.datapath.config import DataPath, GrantMode
 from xbd.core.datapath.pages.budget import DOMAIN_PAGES
 
 
 def between(low: float, high: float) -> Any:
-    """An attrs validator for numbers."""
+    """An attrs validator for numbers; its error names the attribute."""
 
-    def check(_instance: object, _attribute: attrs.Attribute[Any], value: float) -> None:
+    def check(_instance: object, attribute: attrs.Attribute[Any], value: float) -> None:
         if not low <= value <= high:
-            raise ValueError(f"{value} is not between {low} and {high}")
+            raise ValueError(f"{attribute.name}: {value} is not between {low} and {high}")
 
     return check
 
@@ -68,8 +68,15 @@ class Policy:
     """Everything a device needs to know beyond its own directory."""
 
     grants: GrantMode = GrantMode.AUTO
+    datapath: DataPath = DataPath.AUTO
+    io_threads: int = 0
+    """Of the native data path; 0: by the number of CPUs."""
+    spin_us: int = -1
+    """How long one of them looks for work before it sleeps; -1: 50, and 0 with a single CPU."""
     journal_dir: Path | None = None
     image_dirs: tuple[Path, ...] = ()
     on_stop: OnStop = OnStop.CLOSE
+    nbd_dir: Path | None = None
+    """Where HVM guests' disks have sockets for QEMU; None: they are not emulated."""
     limits: Limits = attrs.field(factory=Limits)
     features: FeatureToggles = attrs.field(factory=FeatureToggles)

@@ -154,6 +154,8 @@ class Serving:
     async def _stop(self) -> Outcome:
         """The daemon stops: close, or leave everything for the next daemon."""
         if self.link.connected and self.policy.on_stop is OnStop.CLOSE:
+            if self.disk.paused:
+                self.disk.resume()  # what the guest still has to write
             with trio.move_on_after(self.policy.limits.frontend_seconds):
                 await self._ask_to_close()
         was_connected = self.link.connected

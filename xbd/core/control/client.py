@@ -26,10 +26,12 @@ class DaemonUnavailable(ConfigError):
     exit_code = 1
 
 
-async def ask(path: Path, command: str, /, **arguments: Any) -> Any:
+async def ask(
+    path: Path, command: str, /, *, answer_seconds: float = _ANSWER_SECONDS, **arguments: Any
+) -> Any:
     """One command's result.  Raises `DaemonUnavailable` with one line."""
     try:
-        with trio.fail_after(_ANSWER_SECONDS):
+        with trio.fail_after(answer_seconds):
             stream = await trio.open_unix_socket(path)
             async with stream:
                 with suppress(trio.BrokenResourceError):  # refused unread: the answer says why
@@ -45,7 +47,7 @@ async def ask(path: Path, command: str, /, **arguments: Any) -> Any:
         raise DaemonUnavailable(f"control socket {path}: {error}") from None
     except trio.TooSlowError:
         raise DaemonUnavailable(
-            f"the daemon on {path} did not answer in {_ANSWER_SECONDS:.0f} s"
+            f"the daemon on {path} did not answer in {answer_seconds:.0f} s"
         ) from None
     if line is None:
         raise DaemonUnavailable(f"the daemon on {path} closed the connection without an answer")
