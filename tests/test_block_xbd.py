@@ -70,6 +70,19 @@ async def test_open_disk_is_connected(libxl):
     assert await libxl.key("hotplug-error") is None
 
 
+async def test_socket_for_qemu_is_where_libxl_looks(libxl):
+    await libxl.backend(xbd_status="open", xbd_nbd="/run/xbd/nbd/xbdback7i51712")
+    assert (await libxl.add()).returncode == 0
+    assert await libxl.key("physical-device-path") == "/run/xbd/nbd/xbdback7i51712"
+    assert await libxl.key("hotplug-status") == "connected"
+
+
+async def test_without_one_libxl_finds_nothing(libxl):
+    await libxl.backend(xbd_status="open")
+    assert (await libxl.add()).returncode == 0
+    assert await libxl.key("physical-device-path") is None
+
+
 async def test_reason_reaches_libxl(libxl):
     reason = (
         "cannot open imagefile:/a b: No such file or directory (errno 2, ENOENT); 'quoted' $HOME"

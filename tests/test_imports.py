@@ -16,7 +16,7 @@ BASE = {"xbd.core.units", "xbd.core.errors", "xbd.core.ratelimit"}
 
 DRIVER_API = {"xbd.core.driver", "xbd.core.hostio"}
 FRONTEND = {"xbd.core.blkif", "xbd.core.hypervisor", "xbd.core.xenstore", "xbd.core.hostio"}
-BACKEND = FRONTEND | {"xbd.core.driver", "xbd.core.datapath", "xbd.core.control"}
+BACKEND = FRONTEND | {"xbd.core.driver", "xbd.core.datapath", "xbd.core.control", "xbd.core.nbd"}
 
 ROOMS: dict[str, set[str]] = {
     "xbd.core.units": set(),

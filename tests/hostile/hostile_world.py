@@ -15,6 +15,7 @@ from xbd.core.backend.bell import Bell
 from xbd.core.backend.link import Link
 from xbd.core.blkif import X86_64, Abi, constants, encode
 from xbd.core.datapath import Disk, Features, FrontendConfig, GrantMode, QueueConfig
+from xbd.core.datapath.native.threads import HOST_PAGES, NativeThreads
 from xbd.core.datapath.pages import DomainBudget
 from xbd.core.driver.api import Concurrency
 from xbd.core.driver.open import open_device
@@ -29,6 +30,15 @@ from xbd.core.units import KIB, MIB, PAGE_SIZE, Domid
 
 SECONDS = 20.0
 """The deadline of every wait in these tests."""
+
+
+async def until(condition) -> None:
+    """Threads serve the rings: what they will have done soon."""
+    with trio.fail_after(SECONDS):
+        while not condition():
+            await trio.lowlevel.checkpoint()
+
+
 DOM0 = Domid(0)
 ATTACKER_PAGES = 3832
 """What all rings of the attacker share beyond their reserves."""
@@ -37,6 +47,10 @@ DEVID = 51712
 MODES = [GrantMode.PERSISTENT, GrantMode.MAP, GrantMode.COPY]
 ALL_FEATURES = Features(discard=True, barrier=True)
 U32 = 0xFFFFFFFF
+
+
+class GivenUp(AssertionError):
+    """The backend does not serve this ring any more."""
 
 
 class RawRing:
@@ -106,13 +120,15 @@ class RawRing:
 
         async def end() -> None:
             await self.link._ended.wait()
-            raise AssertionError("the backend gave up") from self.link.failure
+            nursery.cancel_scope.cancel()
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(end)
             await trio.lowlevel.wait_readable(self.port.fd)
             self.port.take()
             nursery.cancel_scope.cancel()
+            return
+        raise GivenUp from self.link.failure
 
     async def ask(self, *entries: bytes) -> list[tuple[int, int, int]]:
         """Send requests as a good guest does, and wait for their answers."""
@@ -179,10 +195,30 @@ class Attacker:
             while self.in_flight:
                 await trio.testing.wait_all_tasks_blocked(0.003)
 
+    async def consumed(self) -> None:
+        """Wait until all that was published is, answered or not; or until the ring is given up.
+
+        Only with rings whose indices nobody has tampered with."""
+        with trio.fail_after(SECONDS):
+            while self.link.connected:
+                answered = sum((ring.words[2] - ring.cons) & U32 for ring in self.rings)
+                published = sum((ring.prod - ring.cons) & U32 for ring in self.rings)
+                if answered + self.in_flight >= published:
+                    break
+                await trio.testing.wait_all_tasks_blocked(0.001)
+            await trio.testing.wait_all_tasks_blocked(0.001)
+
     @property
     def in_flight(self) -> int:
         connection = self.disk.connection
         return connection.in_flight if connection is not None else 0
+
+    def pages_in_use(self, field: Battlefield) -> int:
+        """For data: mapped ones; in C those beyond the rings' reserves, mapped or bounced."""
+        if field.threads is not None:
+            return HOST_PAGES - field.threads.pages_left
+        rings = sum(len(ring.refs) for ring in self.rings)
+        return self.host.hypervisor.mapped_pages - field.mapped - rings
 
     def pages(self, count: int, *, readonly: bool = False) -> list[int]:
         """Granted pages."""
@@ -218,6 +254,8 @@ class Battlefield:
     victim_device: MemoryDevice
     nursery: trio.Nursery
     log: list
+    threads: NativeThreads | None = None
+    """What serves the rings; None: the data path in Python."""
     mapped: int = 0
     """What the victim has mapped when nobody else is connected."""
     ports: int = 0
@@ -237,6 +275,7 @@ class Battlefield:
         """Attackers have gone, and so has everything that was done for them."""
         assert self.host.hypervisor.mapped_pages == self.mapped
         assert self.host.hypervisor.bound_ports == self.ports
+        assert self.threads is None or self.threads.pages_left == HOST_PAGES
 
     def lines(self, text: str = "") -> list[str]:
         return [entry["event"] for entry in self.log if text in entry["event"]]
@@ -294,6 +333,7 @@ class Battlefield:
                 grants=mode,
                 journal_dir=journal_dir,
                 budget=DomainBudget(ATTACKER_PAGES),
+                threads=self.threads,
             )
             rings = [RawRing(guest, abi, order, start) for _ in range(queues)]
             for ring in rings:
@@ -330,7 +370,7 @@ async def _guest(directory: Path, guest: GuestDomain | None, pages: int):
 
 
 @asynccontextmanager
-async def battlefield(directory: Path):
+async def battlefield(directory: Path, threads: NativeThreads | None = None):
     """A host and its victim, in good health before and after."""
     size = 2 * MIB
     device = MemoryDevice(size)
@@ -361,6 +401,7 @@ async def battlefield(directory: Path):
                 read_only=False,
                 features=ALL_FEATURES,
                 hypervisor=host.hypervisor,
+                threads=threads,
             )
             front = DiskRequests(guest, options)
             await front.make_queues(options.queues, options.ring_order)
@@ -377,7 +418,7 @@ async def battlefield(directory: Path):
             )
             await disk.connect(nursery, config)
             nursery.start_soon(front.run_queues)
-            field = Battlefield(host, front, device, nursery, log)
+            field = Battlefield(host, front, device, nursery, log, threads)
             for _ in range(4):  # until all its pages are mapped
                 await field.victim_is_well()
             await front.read(0, 256 * KIB)

@@ -8,7 +8,7 @@ import socket
 import pytest
 import trio
 import trio.testing
-from hostile_world import DOM0, MODES, SECONDS, U32
+from hostile_world import DOM0, MODES, SECONDS, U32, until
 
 from xbd.core.blkif import X86_32, constants, encode
 from xbd.core.datapath import GrantMode, QueueConfig
@@ -46,7 +46,7 @@ async def test_grants_revoked_while_their_request_is_held(field, mode):
             attacker.rw(WRITE, 64, [(pages[2], 0, 7), (pages[3], 0, 7)], 2),
         )
         attacker.ring.publish()
-        await trio.testing.wait_all_tasks_blocked()
+        await until(lambda: held.hits == 2)
         for ref in pages:
             attacker.guest.revoke(ref)
         gate.set()
@@ -187,7 +187,7 @@ async def test_a_guest_that_dies(field, tmp_path, mode, phase):
                 page = pages[operation]
                 ring.put(attacker.rw(operation, 8 * number, [(page, 0, 7)], number))
             ring.publish()
-            await trio.testing.wait_all_tasks_blocked()
+            await attacker.consumed()
         guest._directory = tmp_path / "nowhere"  # so that it can't come back
         guest._link._connection.shutdown(socket.SHUT_RDWR)
         with trio.fail_after(SECONDS):

@@ -7,12 +7,13 @@ import os
 import pytest
 import trio
 import trio.testing
-from hostile_world import MODES, SECONDS
+from hostile_world import MODES, SECONDS, until
 
 from xbd.core.blkif import constants, encode
 from xbd.core.datapath import Features, GrantMode
 from xbd.core.driver import HostExtent
 from xbd.core.driver.testing import Fault, FaultDevice, MemoryDevice
+from xbd.core.errors import DeviceBroken
 from xbd.core.units import MIB, PAGE_SIZE
 
 
@@ -109,6 +110,8 @@ class Stubborn(MemoryDevice):
         super().__init__(MIB)
         self.gate = gate
         self.pipe = pipe
+        self.nursery: trio.Nursery | None = None
+        """Of the task that waits at the gate."""
 
     def resolve(self, offset, length, *, for_write):
         if for_write:
@@ -116,6 +119,7 @@ class Stubborn(MemoryDevice):
         return [HostExtent(fd=self.pipe, offset=offset, length=length)]
 
     async def writev(self, offset, buffers):
+        self.nursery = trio.lowlevel.current_task().parent_nursery
         with trio.CancelScope(shield=True):
             await self.gate.wait()
             await super().writev(offset, buffers)
@@ -130,21 +134,48 @@ async def test_what_waits_behind_a_barrier_is_not_begun_after_the_end(field, mod
     """The barrier ends when the ring is given up already: nobody is there for what follows."""
     gate = trio.Event()
     pipe, other_end = os.pipe()
-    async with field.attacker(mode=mode, device=Stubborn(gate, pipe), order=1) as attacker:
+    device = Stubborn(gate, pipe)
+    async with field.attacker(mode=mode, device=device, order=1) as attacker:
         source, target = attacker.pages(2)
+        os.write(other_end, bytes(PAGE_SIZE))
+        await attacker.ring.ask(attacker.rw(constants.READ, 8, [(target, 0, 7)]))
         attacker.ring.put(attacker.rw(constants.WRITE_BARRIER, 0, [(source, 0, 7)], 1))
         for number in range(2, 40):
             attacker.ring.put(attacker.rw(constants.READ, 8, [(target, 0, 7)], number))
         attacker.ring.publish()
-        await trio.testing.wait_all_tasks_blocked()
+        await until(lambda: device.nursery is not None)
+        await attacker.consumed()
         attacker.ring.words[0] = attacker.ring.prod + 1000
         attacker.ring.port.notify()
-        await trio.testing.wait_all_tasks_blocked()
+        await until(lambda: device.nursery.cancel_scope.cancel_called)
         gate.set()
         await attacker.until_ended()
         assert not field.lines("storage does not answer")
     os.close(other_end)
     os.close(pipe)
+
+
+async def test_events_that_come_just_when_the_disk_closes(field):
+    """What watches for them has to let go of the guest all the same, and at once."""
+    async with field.attacker(order=2, size=2 * MIB) as attacker:
+        data = attacker.pages(256)
+        (table,) = attacker.pages(1)
+        packed = encode.pack_indirect_page([(ref, 0, 7) for ref in data])
+        attacker.guest.page(table)[: len(packed)] = packed
+        read = encode.encode_indirect(attacker.abi, constants.READ, 1, 0, 256, [table])
+        ring = attacker.ring
+        for _ in range(20):
+            ring.put(*[read] * (ring.entries // 2))
+            ring.publish()
+            await attacker.consumed()  # and it is busy with them
+            ring.put(*[read] * (ring.entries // 2))
+            ring.publish()
+            with trio.fail_after(5):
+                await attacker.link.abandon()
+            ring.prod = ring.cons = ring.words[2]
+            ring.words[0] = ring.prod
+            await attacker.connect()
+        await attacker.must_serve()
 
 
 async def test_reads_that_were_abandoned_deliver_nothing(field):
@@ -159,9 +190,32 @@ async def test_reads_that_were_abandoned_deliver_nothing(field):
         await attacker.ring.ask(attacker.rw(constants.WRITE, 0, [(source, 0, 7)]))
         attacker.ring.put(attacker.rw(constants.READ, 8, [(target, 0, 7)]))
         attacker.ring.publish()
-        await trio.testing.wait_all_tasks_blocked()
+        await until(lambda: slow.hits)
         await attacker.link.abandon()
         assert bytes(attacker.guest.page(target)) == b"t" * PAGE_SIZE
+
+
+async def test_a_drain_ends_with_the_disk(field):
+    """It breaks while others wait for its last answers: they need not wait for ever."""
+    gate = trio.Event()
+    broken = Fault(operations={"writev"}, wait=gate, error=lambda: DeviceBroken("the cable is out"))
+    slow = Fault(operations={"flush"}, wait=trio.Event(), error=None, times=1)
+    device = FaultDevice(MemoryDevice(MIB), broken, slow)
+    async with field.attacker(device=device, may_fail=DeviceBroken) as attacker:
+        (page,) = attacker.pages(1)
+        attacker.ring.put(
+            attacker.rw(constants.FLUSH_DISKCACHE, 0, [], 1),
+            attacker.rw(constants.WRITE, 0, [(page, 0, 7)], 2),
+        )
+        attacker.ring.publish()
+        await until(lambda: broken.hits and slow.hits)
+        begin = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(attacker.link.drain, SECONDS)
+            await trio.testing.wait_all_tasks_blocked(0.001)
+            gate.set()
+        assert trio.current_time() < begin + SECONDS
+        assert isinstance(attacker.link.failure, DeviceBroken)
 
 
 @pytest.mark.parametrize("mode", MODES)
