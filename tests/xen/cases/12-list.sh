@@ -1,5 +1,6 @@
 # backends: xbd
-# `xbd list` shows the disk of a running guest, for people and for programs.
+# `xbd list` shows the disk of a running guest, for people and for programs. It is served on the data path
+# that was asked for, as fast as that can be here.
 image disk.img 16
 guest shown "$(disk xvda /scratch/disk.img)" <<'JOB'
 wait_disk xvda
@@ -12,9 +13,9 @@ xbd list | tee table
 xbd list --json | tee json
 xl destroy shown
 grep -q "^$name .*connected" table || fail "the table does not show $name as connected"
-python3 - "$name" <<'PYTHON'
+python3 - "$name" "$DATAPATH, io_uring, persistent" <<'PYTHON'
 import json, sys
 with open("json") as file:
     (disk,) = json.load(file)
-assert disk["name"] == sys.argv[1], disk
+assert [disk["name"], disk["data_path"]] == sys.argv[1:], disk
 PYTHON

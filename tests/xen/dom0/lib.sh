@@ -1,7 +1,7 @@
 # shellcheck shell=sh disable=SC1091
 # What the cases and main have in common. Sourced in dom0, by dash.
 export PYTHONPATH=/payload/python PYTHONDONTWRITEBYTECODE=1
-. /host/settings    # BACKEND, SUITE
+. /host/settings    # BACKEND, SUITE, DATAPATH
 
 CONSOLES=/var/log/xen/console
 
@@ -56,7 +56,8 @@ disk_target() {
 # --- guests
 
 # guest NAME [SETTING=VALUE...] [DISK...] <JOB: starts a guest that runs the shell script JOB and goes.
-# Settings: type (pv, pvh, hvm), vcpus, memory, blkfront (its module's parameters), kernel (bookworm)
+# Settings: type (pv, pvh, hvm), vcpus, memory, blkfront (its module's parameters), kernel (bookworm, or
+# disk: firmware and boot loader find it there, and the job too)
 guest() {
     name=$1; shift
     type=pv vcpus=1 memory=320 blkfront='' kernel=''
@@ -66,19 +67,24 @@ guest() {
             vcpus=*) vcpus=${1#*=} ;;
             memory=*) memory=${1#*=} ;;
             blkfront=*) blkfront=${1#*=} ;;
+            kernel=disk) kernel=disk ;;
             kernel=*) kernel=${1#*=}- ;;
             *) break ;;
         esac
         shift
     done
-    initramfs "$kernel" >"/tmp/lab/$name.initramfs"     # has the job, from standard input
+    [ "$kernel" = disk ] || initramfs "$kernel" >"/tmp/lab/$name.initramfs"     # has the job, from standard input
     rm -f "$CONSOLES/guest-$name.log"
     {
         printf 'name = "%s"\ntype = "%s"\nvcpus = %s\nmemory = %s\n' "$name" "$type" "$vcpus" "$memory"
-        printf 'kernel = "%s"\nramdisk = "%s"\n' "${GUEST_KERNEL:-/lab/${kernel}vmlinuz}" "/tmp/lab/$name.initramfs"
-        printf 'extra = "console=hvc0 quiet mitigations=off rdinit=/init panic=1 blkfront=%s"\n' "$blkfront"
+        if [ "$kernel" != disk ]; then
+            printf 'kernel = "%s"\nramdisk = "%s"\n' "${GUEST_KERNEL:-/lab/${kernel}vmlinuz}" "/tmp/lab/$name.initramfs"
+            printf 'extra = "console=hvc0 quiet mitigations=off rdinit=/init panic=1 blkfront=%s"\n' "$blkfront"
+        fi
         printf 'on_poweroff = "destroy"\non_reboot = "restart"\non_crash = "destroy"\n'
         [ "$type" = pv ] || printf 'tsc_mode = "native"\n'
+        # From an IDE disk the firmware reads single sectors: emulated, that would take hours.
+        [ "$kernel" != disk ] || printf 'hdtype = "ahci"\n'
         [ "$type" != hvm ] || printf 'vga = "none"\nserial = "none"\nusb = 0\n'
         printf 'disk = ['
         [ $# = 0 ] || printf ' "%s",' "$@"
@@ -133,11 +139,13 @@ answers() { [ -S /run/xbd/control.sock ] && ! dead; }
 
 start_daemon() {
     rm -f /run/xbd/control.sock     # what a killed daemon left
-    [ "$SUITE" != bookworm ] || printf '[backend]\nkinds = ["vbd"]\n' >/tmp/xbd.toml
-    touch /tmp/xbd.toml
+    {
+        printf '[backend]\nimage_dirs = ["/srv/images"]\ndatapath = "%s"\n' "$DATAPATH"
+        [ "$SUITE" != bookworm ] || printf 'kinds = ["vbd"]\n'
+    } >/tmp/xbd.toml
     python3 -P -c 'from xbd.cli import main; main()' serve --config /tmp/xbd.toml >>/var/log/xbd.log 2>&1 &
     echo $! >/run/xbd.pid
-    within 60 answers
+    within 150 answers     # 8 s if nothing else runs on the machine
 }
 
 stop_daemon() {

@@ -124,6 +124,13 @@ fio_initramfs() { # ROOT OUT: comes behind a guest's initramfs; most of it are l
     pack "$tree" "$2"
 }
 
+bios_boot_loader() { # ROOT: GRUB for a disk with a partition table; boot.img is its first sector,
+    # core.img begins in the second one and finds its configuration in the first partition
+    chroot "$1" grub-mkimage -O i386-pc -p '(hd0,msdos1)/boot/grub' -o /lab/core.img \
+        biosdisk part_msdos ext2 normal linux boot
+    cp "$1/usr/lib/grub/i386-pc/boot.img" "$1/lab/"
+}
+
 build() { # SUITE
     local suite=$1 target work root xen
     target=$(image_dir "$suite")
@@ -150,6 +157,7 @@ build() { # SUITE
         dom0_initramfs "$root" "$work/dom0-initramfs"
         guest_initramfs "$root" "$root" "$root/lab/initramfs"
         fio_initramfs "$root" "$root/lab/fio-initramfs"
+        bios_boot_loader "$root"
         if [ "$suite" = bookworm ]; then
             ln -s vmlinuz "$root/lab/bookworm-vmlinuz"; ln -s initramfs "$root/lab/bookworm-initramfs"
         else
