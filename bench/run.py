@@ -1,7 +1,8 @@
 """Measures xbd beside QEMU: the same guest, the same files, the same minutes.
 
-Both are driven by one closed loop in C, taking turns in each repetition, since machines are
-shared and noisy: the ratios of neighbouring runs count.  Results go to bench/results/.
+Both are driven by one closed loop in C (and over NBD by fio), taking turns in each repetition,
+since machines are shared and noisy: the ratios of neighbouring runs count.  Results go to
+bench/results/.
 
 It ends with 0 unless something could not be run or data was wrong; a missed target is a result.
 """
@@ -9,57 +10,104 @@ It ends with 0 unless something could not be run or data was wrong; a missed tar
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from harness import guest, machine
-from harness.guest import Figures, RunFailed
+from harness import guest, images, machine, plots
+from harness.busy import BusyPart
+from harness.depth1 import Depth1Part
+from harness.extents import ExtentsPart
+from harness.guest import RunFailed
+from harness.idle import IdlePart
 from harness.machine import Cpus
+from harness.many import ManyPart
+from harness.nbd import NbdPart
+from harness.parts import Part, Session, Settings
+from harness.publish import publish
+from harness.qcow2 import Qcow2Part
+from harness.raw import RawPart
 from harness.report import Report
-from harness.servers import DATA_PATHS, QEMU, QemuServer, Server, XbdServer
-from harness.workloads import FULL, MIB, QUICK, Image, Workload
+from harness.servers import QemuServer
+from harness.workloads import MIB
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-RESULTS = Path(__file__).resolve().parent / "results"
+SOURCES = Path(__file__).resolve().parent.parent
+RESULTS = SOURCES / "bench/results"
+PUBLISHED = SOURCES / "docs/performance"
+PARTS: dict[str, tuple[type[Part], ...]] = {
+    "raw": (RawPart,),
+    "depth1": (Depth1Part,),
+    "busy": (BusyPart,),
+    "many": (ManyPart,),
+    "idle": (IdlePart,),
+    "extents": (ExtentsPart,),
+    "qcow2": (Qcow2Part, NbdPart),
+}
 _PLAIN_WIDTH = 150
 """Columns when the output is not a terminal."""
-_LAST_SEED = 65535
+_REPEAT, _QUICK_REPEAT = 5, 3
 
 
 def main() -> int:
     """Run everything; the exit status."""
     arguments = _arguments()
+    if arguments.qemu is not None:
+        os.environ["PATH"] = f"{arguments.qemu.resolve()}:{os.environ['PATH']}"
     console = Console(width=None if Console().is_terminal else _PLAIN_WIDTH)
     try:
-        cpus = Cpus.choose(arguments.cores, arguments.cpu)
-        guest.build()
-        with tempfile.TemporaryDirectory(
-            prefix="images-", dir=_image_directory(arguments)
-        ) as images:
-            report = _session(arguments, cpus, Path(images), console)
+        if arguments.publish:
+            for path in publish(RESULTS, PUBLISHED, SOURCES):
+                console.print(f"Written to {path}", highlight=False)
+            return 0
+        with _settings(arguments) as settings:
+            report = _measure(arguments, settings, console)
     except (RunFailed, ValueError, OSError) as error:
         console.print(f"[bold red]bench:[/] {error}", highlight=False)
         return 1
     report.show(console)
-    paths = report.save(RESULTS, time.strftime("%Y%m%d-%H%M%S"))
+    stem = time.strftime("%Y%m%d-%H%M%S")
+    paths = report.save(RESULTS, stem)
     console.print(f"Written to {' and '.join(str(path) for path in paths)}")
+    if plots.available():
+        pictures = plots.draw(report.sessions, RESULTS / stem)
+        console.print(f"{len(pictures)} plots in {RESULTS / stem}" if pictures else "no plots")
+    else:
+        console.print(plots.MISSING, markup=False)
     return 1 if report.failures else 0
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="only what there are targets for")
+    parser.add_argument("--raw", action="store_true", help="plain files against QEMU")
+    parser.add_argument(
+        "--depth1", action="store_true", help="one request at a time on two cores, spinning"
+    )
+    parser.add_argument("--busy", action="store_true", help="beside a thread that computes")
+    parser.add_argument("--many", action="store_true", help="100 disks, one request each")
+    parser.add_argument("--idle", action="store_true", help="1000 disks that nobody uses")
+    parser.add_argument("--extents", action="store_true", help="disks in many extents")
+    parser.add_argument("--qcow2", action="store_true", help="qcow2 images against QEMU")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="only what there are targets for, of plain files unless a part is named",
+    )
     parser.add_argument(
         "--backend",
         action="append",
-        choices=(QEMU, *DATA_PATHS),
-        help=f"measure only this one; may be repeated ({QEMU} is the peer)",
+        metavar="NAME",
+        help="measure only this one, by its name in the tables; may be repeated",
     )
-    parser.add_argument("--repeat", type=int, default=5, help="repetitions (%(default)s)")
+    parser.add_argument(
+        "--repeat",
+        type=int,
+        help=f"repetitions ({_REPEAT}; parts named and --quick: {_QUICK_REPEAT})",
+    )
     parser.add_argument("--seconds", type=float, default=1.5, help="per run (%(default)s)")
     parser.add_argument("--only", default="", help="only workloads whose name contains this")
     parser.add_argument(
@@ -70,8 +118,14 @@ def _arguments() -> argparse.Namespace:
         help="1: guest and backend share a CPU (steadier); 2: one for each (%(default)s)",
     )
     parser.add_argument("--cpu", type=int, help="the backend's CPU (the quietest)")
-    parser.add_argument("--size", type=int, default=256, help="MiB of each file (%(default)s)")
+    parser.add_argument("--size", type=int, default=256, help="MiB of most files (%(default)s)")
     parser.add_argument("--dir", type=Path, help="where the files are made (bench/build)")
+    parser.add_argument(
+        "--qemu",
+        type=Path,
+        metavar="DIR",
+        help="the directory with QEMU's commands, as bench/newest-qemu prints it (those installed)",
+    )
     parser.add_argument(
         "--qemu-poll-ns",
         type=int,
@@ -82,13 +136,47 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--no-persistent", action="store_true", help="guests of xbd grant pages anew each time"
     )
+    parser.add_argument(
+        "--publish",
+        action="store_true",
+        help="measure nothing: copy the newest tables and plots to docs/performance/",
+    )
     arguments = parser.parse_args()
+    named = [name for name in PARTS if getattr(arguments, name)]
+    if arguments.repeat is None:
+        arguments.repeat = _QUICK_REPEAT if named and arguments.quick else _REPEAT
+    arguments.parts = named or (["raw"] if arguments.quick else list(PARTS))
     if arguments.repeat < 1 or arguments.seconds <= 0 or arguments.size < 1:
         parser.error("--repeat, --seconds and --size must be positive")
     return arguments
 
 
-def _image_directory(arguments: argparse.Namespace) -> Path:
+@contextmanager
+def _settings(arguments: argparse.Namespace) -> Iterator[Settings]:
+    cpus = Cpus.choose(arguments.cores, arguments.cpu)
+    guest.build()
+    shared_memory = Path("/dev/shm")
+    with (
+        tempfile.TemporaryDirectory(prefix="images-", dir=_directory(arguments)) as files,
+        # Sockets and the daemon's journal: in memory, and with short paths.
+        tempfile.TemporaryDirectory(
+            prefix="xbd-bench-", dir=shared_memory if shared_memory.is_dir() else None
+        ) as runtime,
+    ):
+        yield Settings(
+            cpus=cpus,
+            seconds=arguments.seconds,
+            repeat=arguments.repeat,
+            size=arguments.size * MIB,
+            images=Path(files),
+            runtime=Path(runtime),
+            qemu_poll_ns=arguments.qemu_poll_ns,
+            guest_options=("--no-persistent",) if arguments.no_persistent else (),
+            quick=arguments.quick,
+        )
+
+
+def _directory(arguments: argparse.Namespace) -> Path:
     directory: Path = arguments.dir or guest.BUILD
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory")
@@ -97,129 +185,59 @@ def _image_directory(arguments: argparse.Namespace) -> Path:
     return directory.resolve()
 
 
-def _session(
-    arguments: argparse.Namespace, cpus: Cpus, directory: Path, console: Console
-) -> Report:
-    names = arguments.backend or [QEMU, *DATA_PATHS]
-    if QEMU in names and QemuServer.binary() is None:
-        raise RunFailed(
-            "qemu-storage-daemon is not installed (Debian: qemu-system-common); "
-            f"--backend {next(iter(DATA_PATHS))} measures without it"
-        )
-    workloads = [
-        workload
-        for workload in (QUICK if arguments.quick else FULL)
-        if arguments.only in workload.name
+def _measure(arguments: argparse.Namespace, settings: Settings, console: Console) -> Report:
+    environment = machine.describe(QemuServer.binary(), settings.images)
+    sessions = [
+        session
+        for name in arguments.parts
+        for part in PARTS[name]
+        if (session := _session(arguments, part(settings))).runs
     ]
-    if not workloads:
-        raise ValueError(f"no workload has {arguments.only!r} in its name")
-    environment = machine.describe(QemuServer.binary(), directory)
-    images = {image: directory / f"{image.value}.img" for image in Image}
-    for path in images.values():
-        guest.fill(path, arguments.size * MIB)
-    with ExitStack() as stack:
-        # Sockets and the daemon's journal: in memory, and with short paths.
-        shared_memory = Path("/dev/shm")
-        runtime = Path(
-            stack.enter_context(
-                tempfile.TemporaryDirectory(
-                    prefix="xbd-bench-", dir=shared_memory if shared_memory.is_dir() else None
-                )
-            )
-        )
-        servers: list[Server] = [
-            QemuServer(runtime, images, arguments.qemu_poll_ns)
-            if name == QEMU
-            else XbdServer(name, runtime, images)
-            for name in dict.fromkeys(names)
-        ]
-        for server in servers:
-            stack.enter_context(server.running())
-        session = _Measurement(arguments, cpus, images, servers)
-        session.run(workloads, console)
+    if not sessions:
+        raise ValueError("no workload and backend are of that name")
+    _look_for_qemu(sessions)
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=sum(session.runs for session in sessions))
+        for session in sessions:
+            session.run(progress, task)
     return Report(
         environment=environment,
         settings={
-            "repetitions": arguments.repeat,
-            "seconds per run": arguments.seconds,
+            "parts": " ".join(arguments.parts),
+            "repetitions": settings.repeat,
+            "seconds per run": settings.seconds,
             "MiB per file": arguments.size,
-            "guest on CPU": cpus.guest,
-            "backend on CPU": cpus.backend,
-            "QEMU's poll-max-ns": arguments.qemu_poll_ns,
+            "guest on CPU": settings.cpus.guest,
+            "backend on CPU": settings.cpus.backend,
+            "QEMU's poll-max-ns": settings.qemu_poll_ns,
             "persistent grants": not arguments.no_persistent,
         },
-        peer=QEMU if QEMU in names else None,
-        results=session.results,
-        failures=session.failures,
+        sessions=sessions,
     )
 
 
-class _Measurement:
-    """Takes the servers through the workloads, in turns."""
+def _session(arguments: argparse.Namespace, part: Part) -> Session:
+    workloads = [workload for workload in part.workloads() if arguments.only in workload.name]
+    wanted = arguments.backend or part.backends
+    return Session(part, workloads, [name for name in part.backends if name in wanted])
 
-    def __init__(
-        self,
-        arguments: argparse.Namespace,
-        cpus: Cpus,
-        images: dict[Image, Path],
-        servers: Sequence[Server],
-    ) -> None:
-        self.results: dict[Workload, dict[str, list[Figures | None]]] = {}
-        self.failures: list[str] = []
-        self._arguments = arguments
-        self._cpus = cpus
-        self._images = images
-        self._servers = servers
-        self._dead: set[Server] = set()
-        self._runs = 0
 
-    def run(self, workloads: Sequence[Workload], console: Console) -> None:
-        """Fill `results` and `failures`."""
-        total = len(workloads) * self._arguments.repeat * len(self._servers)
-        columns = (
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+def _look_for_qemu(sessions: list[Session]) -> None:
+    qemu = any("qemu" in name for session in sessions for name in session.backends)
+    if qemu and QemuServer.binary() is None:
+        raise RunFailed(
+            "qemu-storage-daemon is not installed (Debian: qemu-system-common); "
+            "--backend xbd measures without it"
         )
-        with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task("", total=total)
-            for workload in workloads:
-                by_name: dict[str, list[Figures | None]] = {s.name: [] for s in self._servers}
-                self.results[workload] = by_name
-                for repetition in range(self._arguments.repeat):
-                    for server in self._in_turn(repetition):
-                        progress.update(task, description=f"{workload.name}: {server.name}")
-                        by_name[server.name].append(self._measure(server, workload))
-                        progress.advance(task)
-
-    def _in_turn(self, repetition: int) -> Sequence[Server]:
-        """Each begins as often as the others do."""
-        first = repetition % len(self._servers)
-        return [*self._servers[first:], *self._servers[:first]]
-
-    def _measure(self, server: Server, workload: Workload) -> Figures | None:
-        if server in self._dead:
-            return None
-        self._runs += 1
-        path = self._images[workload.image]
-        if workload.image.through_cache:
-            machine.read_into_cache(path)
-        else:
-            machine.drop_from_cache(path)
-        try:
-            return server.run(
-                workload,
-                seconds=self._arguments.seconds,
-                seed=(self._runs - 1) % _LAST_SEED + 1,
-                cpus=self._cpus,
-                more=["--no-persistent"] if self._arguments.no_persistent else [],
-            )
-        except RunFailed as error:
-            self.failures.append(f"{workload.name}, {server.name}: {error}")
-            if server.ended:
-                self._dead.add(server)
-            return None
+    missing = images.missing_tools()
+    if missing and any(isinstance(session.part, Qcow2Part | NbdPart) for session in sessions):
+        raise RunFailed(f"not installed: {', '.join(missing)} (Debian: qemu-utils)")
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ void embedded_open(struct embedded *host, const char *directory, uint32_t domid,
                    const struct memory *memory);
 
 /* Lets domain 0 read and write a page. */
-static inline void embedded_grant(struct embedded *host, uint32_t page) {
+static inline void embedded_grant(uint64_t *grants, uint32_t page) {
     enum { PERMIT_ACCESS = 1 };
-    __atomic_store_n(&host->grants[page], PERMIT_ACCESS, __ATOMIC_RELEASE);
+    __atomic_store_n(&grants[page], PERMIT_ACCESS, __ATOMIC_RELEASE);
 }
 
-static inline void embedded_revoke(struct embedded *host, uint32_t page) {
-    __atomic_store_n(&host->grants[page], 0, __ATOMIC_RELEASE);
+static inline void embedded_revoke(uint64_t *grants, uint32_t page) {
+    __atomic_store_n(&grants[page], 0, __ATOMIC_RELEASE);
 }
 
 /* Offers domain 0 an event channel of this number: the first eventfd wakes it, the second us. */

@@ -38,6 +38,7 @@ struct load {
     uint32_t part_pages; /* of the largest part */
     uint64_t blocks;
     uint64_t next_block; /* sequential only */
+    uint64_t next_touch; /* of the blocks that come first; `blocks` or more: they are done */
     uint64_t random;
     struct operation *operation;
     uint32_t *waiting; /* operations with parts that no slot was free for: a queue */
@@ -51,6 +52,7 @@ struct load {
     bool counting, stopping;
     enum verify verify;
     uint64_t counting_from_ns, ends_at_ns;
+    uint64_t idle_from_ns; /* since when it looks in vain; 0: it does not */
 };
 
 static double cpu_seconds(clockid_t clock) {
@@ -73,6 +75,11 @@ static double watched_cpu_seconds(const struct load_options *options) {
 }
 
 static uint64_t choose_block(struct load *load) {
+    if (load->next_touch < load->blocks) {
+        uint64_t block = load->next_touch;
+        load->next_touch += load->options->touch / load->options->block;
+        return block;
+    }
     if (!load->options->sequential)
         return random_below(&load->random, load->blocks);
     uint64_t block = load->next_block;
@@ -217,15 +224,26 @@ static void wait_for_event(struct load *load) {
     load->result->wakeups++;
 }
 
+/* Whether to look once more instead of going to sleep. */
+static bool spins(struct load *load) {
+    if (!load->options->spin_ns)
+        return false;
+    uint64_t now = now_ns();
+    if (!load->idle_from_ns)
+        load->idle_from_ns = now;
+    return now - load->idle_from_ns < load->options->spin_ns;
+}
+
 /* One round: collect what is there, start anew what ended, or wait. */
 static void turn(struct load *load, void (*ended)(struct load *, uint32_t, uint64_t)) {
     struct completion done[REAP_AT_ONCE];
     unsigned count = load->transport->reap(load->transport, done, REAP_AT_ONCE);
     if (!count) {
-        if (!load->transport->arm(load->transport))
+        if (!spins(load) && !load->transport->arm(load->transport))
             wait_for_event(load);
         return;
     }
+    load->idle_from_ns = 0;
     uint64_t now = now_ns();
     for (unsigned i = 0; i < count; i++) {
         uint32_t tag = done[i].tag, index = load->part[tag].operation;
@@ -253,6 +271,8 @@ static void run_timed(struct load *load) {
         if (load->stopping)
             continue;
         now = now_ns();
+        if (load->next_touch < load->blocks)
+            warm_at_ns = now + (uint64_t)(load->options->warmup_seconds * 1e9);
         if (!warm && now >= warm_at_ns) {
             warm = true;
             begin_counting(load, now);
@@ -325,6 +345,8 @@ void load_run(const struct load_options *options, struct transport *transport,
         .verify = options->verify,
         .random = options->seed * 0x9E3779B97F4A7C15u | 1,
     };
+    if (!options->touch)
+        load.next_touch = load.blocks;
     if (!load.blocks)
         die("the disk of %llu bytes is smaller than one block",
             (unsigned long long)transport->size);

@@ -17,12 +17,14 @@ struct load_options {
     uint32_t depth;
     uint32_t block; /* bytes per operation, a multiple of a page */
     uint64_t span; /* bytes from the start of the disk that are used; 0: all of it */
+    uint64_t touch; /* bytes: first one block in each of them; 0: none */
     unsigned write_percent;
     bool sequential;
     double warmup_seconds; /* not counted */
     double seconds; /* counted; 0: until `operations` are done */
     uint64_t operations; /* counted; 0: until `seconds` are over */
     uint64_t seed;
+    uint64_t spin_ns; /* how long it looks for answers before it sleeps */
     enum verify verify;
     uint32_t generation; /* of what is written */
     uint32_t check_back; /* at most this many written blocks are read again afterwards */

@@ -1,6 +1,7 @@
 /* bench-guest: drives one disk as a guest would and prints one line of JSON.
  *
- *   bench-guest blkif DIR        the disk of an embedded host's guest
+ *   bench-guest blkif DIR        the disks of an embedded host's guest
+ *   bench-guest bare SOCKET      a disk of bench-reference
  *   bench-guest vhost-user PATH  the disk behind a vhost-user-blk socket
  *   bench-guest fill PATH BYTES  makes a file with the content that the others expect
  */
@@ -23,18 +24,21 @@ enum { MAX_DEPTH = 1024, MAX_BLOCK = 1 << 20, FILL_AT_ONCE = 1 << 20, XVDA = 517
 struct settings {
     struct load_options load;
     struct blkif_options blkif;
+    struct bare_options bare;
     struct vhost_user_options vhost_user;
     int cpu;
+    bool idle;
 };
 
 static const char USAGE[] =
-    "usage: bench-guest blkif DIR | vhost-user SOCKET [OPTION...]\n"
+    "usage: bench-guest blkif DIR | bare SOCKET | vhost-user SOCKET [OPTION...]\n"
     "       bench-guest fill FILE BYTES\n"
     "  --depth N            operations in flight (32)\n"
     "  --block BYTES        size of each, 4096 to 1048576 (4096)\n"
     "  --span BYTES         use only the first BYTES of the disk\n"
     "  --write PERCENT      share of writes (0)\n"
     "  --sequential         one block after the other (random)\n"
+    "  --touch BYTES        before anything is counted, one block in each BYTES (not)\n"
     "  --warmup SECONDS     not counted (0.3)\n"
     "  --seconds SECONDS    counted (2)\n"
     "  --operations N       stop after N instead\n"
@@ -42,22 +46,27 @@ static const char USAGE[] =
     "  --verify WHAT        of data read: none, sample or full (sample)\n"
     "  --generation N       of data written, 1 to 65535 (1)\n"
     "  --check-back N       written blocks to read again at the end (2048)\n"
+    "  --spin-us N          look for answers so long before sleeping (0)\n"
+    "  --idle               say 'connected' and do nothing until standard input ends\n"
     "  --cpu N              run on this CPU alone\n"
     "  --watch-pid PID      report this process's CPU time; may be repeated\n"
     "blkif:\n"
     "  --domid N            domain to be (the host picks one)\n"
     "  --device N           virtual device number (51712)\n"
+    "  --disks N            this one and the next; each has its share of --depth (1)\n"
     "  --ring-order N       ring of 2^N pages (as small as will hold --depth requests)\n"
-    "  --max-segments N     per request (32, as Linux's blkfront)\n"
+    "  --max-segments N     per request (32, as Linux's blkfront); for bare, too\n"
     "  --no-persistent      grant each page for one request only\n"
+    "bare:\n"
+    "  --disk N             which of the server's files (0)\n"
     "vhost-user:\n"
     "  --queue-size N       descriptors (256, or more if needed)\n"
     "  --indirect           one descriptor per request, with a table (only if needed)\n";
 
 enum option_id {
-    DEPTH = 1, BLOCK, SPAN, WRITE, SEQUENTIAL, WARMUP, SECONDS, OPERATIONS, SEED, VERIFY,
+    DEPTH = 1, BLOCK, SPAN, WRITE, SEQUENTIAL, TOUCH, WARMUP, SECONDS, OPERATIONS, SEED, VERIFY,
     GENERATION, CHECK_BACK, CPU, WATCH_PID, DOMID, DEVICE, RING_ORDER, MAX_SEGMENTS,
-    NO_PERSISTENT, QUEUE_SIZE, INDIRECT, HELP,
+    NO_PERSISTENT, QUEUE_SIZE, INDIRECT, SPIN_US, IDLE, DISKS, DISK, HELP,
 };
 
 static const struct option OPTIONS[] = {
@@ -66,6 +75,7 @@ static const struct option OPTIONS[] = {
     {"span", required_argument, NULL, SPAN},
     {"write", required_argument, NULL, WRITE},
     {"sequential", no_argument, NULL, SEQUENTIAL},
+    {"touch", required_argument, NULL, TOUCH},
     {"warmup", required_argument, NULL, WARMUP},
     {"seconds", required_argument, NULL, SECONDS},
     {"operations", required_argument, NULL, OPERATIONS},
@@ -82,6 +92,10 @@ static const struct option OPTIONS[] = {
     {"no-persistent", no_argument, NULL, NO_PERSISTENT},
     {"queue-size", required_argument, NULL, QUEUE_SIZE},
     {"indirect", no_argument, NULL, INDIRECT},
+    {"spin-us", required_argument, NULL, SPIN_US},
+    {"idle", no_argument, NULL, IDLE},
+    {"disks", required_argument, NULL, DISKS},
+    {"disk", required_argument, NULL, DISK},
     {"help", no_argument, NULL, HELP},
     {NULL, 0, NULL, 0},
 };
@@ -121,6 +135,7 @@ static void apply(struct settings *settings, enum option_id id, const char *name
     case SPAN: load->span = number(value, name, PAGE_SIZE, INT64_MAX); break;
     case WRITE: load->write_percent = (unsigned)number(value, name, 0, 100); break;
     case SEQUENTIAL: load->sequential = true; break;
+    case TOUCH: load->touch = number(value, name, PAGE_SIZE, INT64_MAX); break;
     case WARMUP: load->warmup_seconds = seconds(value, name); break;
     case SECONDS: load->seconds = seconds(value, name); break;
     case OPERATIONS: load->operations = number(value, name, 1, INT64_MAX); break;
@@ -139,7 +154,10 @@ static void apply(struct settings *settings, enum option_id id, const char *name
     case DOMID: settings->blkif.domid = (uint32_t)number(value, name, 1, 0x7fef); break;
     case DEVICE: settings->blkif.device = (uint32_t)number(value, name, 0, UINT32_MAX); break;
     case RING_ORDER: settings->blkif.ring_order = (int)number(value, name, 0, 5); break;
-    case MAX_SEGMENTS: settings->blkif.max_segments = (uint32_t)number(value, name, 1, 512); break;
+    case MAX_SEGMENTS:
+        settings->blkif.max_segments = (uint32_t)number(value, name, 1, 512);
+        settings->bare.max_segments = settings->blkif.max_segments;
+        break;
     case NO_PERSISTENT: settings->blkif.persistent = false; break;
     case QUEUE_SIZE:
         settings->vhost_user.queue_size = (uint32_t)number(value, name, 1, 1024);
@@ -147,6 +165,10 @@ static void apply(struct settings *settings, enum option_id id, const char *name
             die("queue-size: %s is not a power of two", value);
         break;
     case INDIRECT: settings->vhost_user.indirect = true; break;
+    case SPIN_US: load->spin_ns = number(value, name, 0, 1000000) * 1000; break;
+    case IDLE: settings->idle = true; break;
+    case DISKS: settings->blkif.disks = (uint32_t)number(value, name, 1, 127); break;
+    case DISK: settings->bare.disk = (uint32_t)number(value, name, 0, UINT32_MAX); break;
     case HELP:
         fputs(USAGE, stdout);
         exit(0);
@@ -163,6 +185,10 @@ static void parse(struct settings *settings, int count, char **arguments) {
     struct load_options *load = &settings->load;
     if (load->block % PAGE_SIZE)
         die("block: %u is not a multiple of %d", load->block, PAGE_SIZE);
+    if (load->touch % load->block)
+        die("touch: not a multiple of the block");
+    if (load->depth % settings->blkif.disks)
+        die("depth: %u can't be shared by %u disks", load->depth, settings->blkif.disks);
     if (load->operations)
         load->seconds = 0;
     if (!load->write_percent)
@@ -177,6 +203,11 @@ static void stay_on(int cpu) {
         die_errno("CPU %d", cpu);
 }
 
+/* Enough of them to draw the distribution. */
+static const double QUANTILES[] = {0.001, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4,
+                                   0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95,
+                                   0.98, 0.99, 0.995, 0.999, 0.9999};
+
 static void report(const struct load_options *options, const struct transport *transport,
                    const struct load_result *result) {
     double operations = result->operations ? (double)result->operations : 1;
@@ -187,7 +218,11 @@ static void report(const struct load_options *options, const struct transport *t
            transport->name, options->depth, options->block, options->write_percent,
            options->sequential ? "true" : "false", result->seconds,
            (unsigned long long)result->operations, iops, iops * options->block / (1 << 20));
-    printf("\"p50_us\": %.2f, \"p99_us\": %.2f, \"guest_cpu_us\": %.4f, \"backend_cpu_us\": %.4f, "
+    printf("\"latency_us\": [");
+    for (unsigned i = 0; i < sizeof QUANTILES / sizeof *QUANTILES; i++)
+        printf("%s[%g, %.2f]", i ? ", " : "", QUANTILES[i],
+               histogram_quantile(&result->latency, QUANTILES[i]) / 1e3);
+    printf("], \"p50_us\": %.2f, \"p99_us\": %.2f, \"guest_cpu_us\": %.4f, \"backend_cpu_us\": %.4f, "
            "\"requests\": %llu, \"kicks\": %llu, \"wakeups\": %llu, \"errors\": %llu, "
            "\"mismatches\": %llu, \"checked_back\": %llu}\n",
            histogram_quantile(&result->latency, 0.5) / 1e3,
@@ -199,17 +234,36 @@ static void report(const struct load_options *options, const struct transport *t
            (unsigned long long)result->checked_back);
 }
 
+static struct transport *connect_disk(const struct settings *settings,
+                                      const struct demand *demand, struct memory *memory) {
+    if (settings->blkif.directory)
+        return blkif_open(&settings->blkif, demand, memory);
+    if (settings->bare.socket)
+        return bare_open(&settings->bare, demand, memory);
+    return vhost_user_open(&settings->vhost_user, demand, memory);
+}
+
+static int stay_idle(void) {
+    char byte;
+    puts("connected");
+    fflush(stdout);
+    while (read(STDIN_FILENO, &byte, 1) > 0)
+        ;
+    return 0; /* the connections end with the process */
+}
+
 static int drive(struct settings *settings) {
     const struct load_options *load = &settings->load;
-    struct demand demand = {.depth = load->depth, .pages = load->block / PAGE_SIZE};
+    struct demand demand = {.depth = load->depth / settings->blkif.disks,
+                            .pages = load->block / PAGE_SIZE};
     struct memory memory;
     /* Data lies in every second page; rings and tables need less than another half of that. */
-    memory_open(&memory, demand.depth * demand.pages * 3 + 4096);
+    memory_open(&memory, load->depth * demand.pages * 3 + 4096);
     if (settings->cpu >= 0)
         stay_on(settings->cpu);
-    struct transport *transport = settings->blkif.directory
-                                      ? blkif_open(&settings->blkif, &demand, &memory)
-                                      : vhost_user_open(&settings->vhost_user, &demand, &memory);
+    struct transport *transport = connect_disk(settings, &demand, &memory);
+    if (settings->idle)
+        return stay_idle();
     struct load_result *result = allocate(1, sizeof *result);
     load_run(load, transport, &memory, result);
     transport->close(transport);
@@ -239,7 +293,9 @@ int main(int count, char **arguments) {
     struct settings settings = {
         .load = {.depth = 32, .block = PAGE_SIZE, .warmup_seconds = 0.3, .seconds = 2, .seed = 1,
                  .verify = VERIFY_SAMPLE, .generation = 1, .check_back = 2048},
-        .blkif = {.device = XVDA, .ring_order = -1, .max_segments = 32, .persistent = true},
+        .blkif = {.device = XVDA, .disks = 1, .ring_order = -1, .max_segments = 32,
+                  .persistent = true},
+        .bare = {.max_segments = 32},
         .cpu = -1,
     };
     parse(&settings, count, arguments);
@@ -253,11 +309,15 @@ int main(int count, char **arguments) {
     }
     if (words == 2 && strcmp(word[0], "blkif") == 0)
         settings.blkif.directory = word[1];
+    else if (words == 2 && strcmp(word[0], "bare") == 0)
+        settings.bare.socket = word[1];
     else if (words == 2 && strcmp(word[0], "vhost-user") == 0)
         settings.vhost_user.socket = word[1];
     else {
         fputs(USAGE, stderr);
         return 2;
     }
+    if (settings.blkif.disks > 1 && !settings.blkif.directory)
+        die("disks: only blkif has more than one");
     return drive(&settings);
 }

@@ -1,4 +1,5 @@
-/* The way from the load loop to a backend; blkif.c and vhost_user.c are the two there are.
+/* The way from the load loop to a backend; blkif.c, bare.c and vhost_user.c
+ * know one backend each, and many.c makes one disk of several.
  *
  * Closed loop: stage requests with `submit`, publish them with `kick`, collect with `reap`.  When
  * there is nothing to collect, `arm` and, unless it says there is something after all, wait until
@@ -50,6 +51,7 @@ struct blkif_options {
     const char *directory; /* the embedded host's */
     uint32_t domid; /* 0: the host picks one */
     uint32_t device; /* virtual device number */
+    uint32_t disks; /* this one and those that follow */
     uint32_t max_segments; /* per request, however many more the backend takes */
     int ring_order; /* -1: as small as will hold `depth` requests */
     bool persistent; /* use feature-persistent if the backend has it */
@@ -62,6 +64,12 @@ struct vhost_user_options {
                       only if the queue can't hold the requests otherwise */
 };
 
+struct bare_options {
+    const char *socket;
+    uint32_t disk; /* which of the server's */
+    uint32_t max_segments;
+};
+
 /* How many requests an operation becomes. */
 static inline uint32_t parts_of(const struct demand *demand, uint32_t max_pages) {
     return (demand->pages + max_pages - 1) / max_pages;
@@ -69,6 +77,10 @@ static inline uint32_t parts_of(const struct demand *demand, uint32_t max_pages)
 
 struct transport *blkif_open(const struct blkif_options *options, const struct demand *demand,
                              struct memory *memory);
+struct transport *bare_open(const struct bare_options *options, const struct demand *demand,
+                            struct memory *memory);
+/* Disks of the same content that share a `wake_fd`, each with the same number of requests. */
+struct transport *many_open(struct transport **each, uint32_t count);
 struct transport *vhost_user_open(const struct vhost_user_options *options,
                                   const struct demand *demand, struct memory *memory);
 

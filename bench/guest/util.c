@@ -74,7 +74,7 @@ int connect_unix(const char *path, int type) {
 
 void send_with_fds(int socket, const void *data, size_t length, const int *fds, unsigned count) {
     union {
-        char space[CMSG_SPACE(2 * sizeof(int))];
+        char space[CMSG_SPACE(MAX_FDS * sizeof(int))];
         struct cmsghdr align;
     } control;
     struct iovec part = {.iov_base = (void *)(uintptr_t)data, .iov_len = length};

@@ -23,7 +23,9 @@ uint64_t random_below(uint64_t *state, uint64_t limit);
 
 int connect_unix(const char *path, int type);
 
-/* Sends a message with up to two descriptors; the whole of it, or the program ends. */
+enum { MAX_FDS = 3 };
+
+/* Sends a message with up to MAX_FDS descriptors; the whole of it, or the program ends. */
 void send_with_fds(int socket, const void *data, size_t length, const int *fds, unsigned count);
 
 /* Receives exactly `length` bytes; `what` names the peer if it hangs up. */

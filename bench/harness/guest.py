@@ -6,7 +6,7 @@ import contextlib
 import json
 import select
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from harness.workloads import Workload
 _BENCH = Path(__file__).resolve().parent.parent
 BUILD = _BENCH / "build"
 _BINARY = BUILD / "bench-guest"
+REFERENCE = BUILD / "bench-reference"
 _DOMAIN_SECONDS = 10.0
+_CONNECT_SECONDS = 200.0
 _SLACK_SECONDS = 60.0
 """For everything but the load itself; more means that something hangs."""
 
@@ -30,13 +32,14 @@ class RunFailed(Exception):
 
 def build() -> None:
     """Compile what has changed.  Raises `RunFailed`."""
-    command = ["make", "--silent", "-C", str(_BENCH / "guest"), f"BUILD={BUILD}"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise RunFailed("make is not installed (Debian: build-essential)") from None
-    if done.returncode:
-        raise RunFailed(f"building the load generator failed:\n{done.stderr.strip()}")
+    for program in ("guest", "reference"):
+        command = ["make", "--silent", "-C", str(_BENCH / program), f"BUILD={BUILD}"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except FileNotFoundError:
+            raise RunFailed("make is not installed (Debian: build-essential)") from None
+        if done.returncode:
+            raise RunFailed(f"building bench/{program} failed:\n{done.stderr.strip()}")
 
 
 def fill(path: Path, size: int) -> None:
@@ -64,6 +67,13 @@ class Guest:
             raise RunFailed(self._complaint("the guest did not become a domain"))
         return int(words[1])
 
+    def connected(self) -> None:
+        """Of an idle one: wait until it has all its disks.  Raises `RunFailed`."""
+        assert self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], _CONNECT_SECONDS)
+        if not ready or self._process.stdout.readline().strip() != "connected":
+            raise RunFailed(self._complaint("the guest did not get its disks"))
+
     def figures(self) -> Figures:
         """Wait for the end.  Raises `RunFailed`, also when the data was wrong."""
         try:
@@ -87,6 +97,24 @@ class Guest:
 
 
 @contextmanager
+def idling(transport: list[str], disks: int) -> Iterator[Guest]:
+    """A guest that connects that many disks and then does nothing with them."""
+    command = [str(_BINARY), *transport, "--disks", str(disks), "--depth", str(disks), "--idle"]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield Guest(process, 0)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextmanager
 def running(
     transport: list[str],
     workload: Workload,
@@ -95,7 +123,7 @@ def running(
     seed: int,
     cpu: int,
     watch: int,
-    more: list[str],
+    more: Sequence[str],
 ) -> Iterator[Guest]:
     """Start it; it has ended when the block has.
 
@@ -104,8 +132,16 @@ def running(
     """
     command = [str(_BINARY), *transport, *more]
     command += ["--depth", str(workload.depth), "--block", str(workload.block)]
-    command += ["--seconds", str(seconds), "--seed", str(seed), "--generation", str(seed)]
+    if workload.operations:
+        command += ["--operations", str(workload.operations), "--warmup", "0"]
+    else:
+        command += ["--seconds", str(seconds)]
+    command += ["--seed", str(seed), "--generation", str(seed)]
     command += ["--cpu", str(cpu), "--watch-pid", str(watch)]
+    if workload.spin_us:
+        command += ["--spin-us", str(workload.spin_us)]
+    if workload.touch:
+        command += ["--touch", str(workload.touch)]
     if workload.sequential:
         command.append("--sequential")
     if workload.write:

@@ -83,6 +83,14 @@ def drop_from_cache(path: Path) -> None:
         os.close(fd)
 
 
+def read_afresh(path: Path, *, through_cache: bool) -> None:
+    """Have the whole file in the page cache, or nothing of it."""
+    if through_cache:
+        read_into_cache(path)
+    else:
+        drop_from_cache(path)
+
+
 def supports_direct(directory: Path) -> bool:
     """Whether files here can be opened with O_DIRECT."""
     probe = directory / "direct-probe"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.table import Table
 from harness.figures import (
     METRICS,
     RATIOS,
+    Metric,
     Spread,
     backend_cpu,
     both_cpus,
@@ -24,43 +25,46 @@ from harness.figures import (
     ratio,
     spread,
 )
-from harness.guest import Figures
-from harness.targets import TARGETS, Results
+from harness.parts import Session
 from harness.workloads import MIB, Workload
 
-REFERENCE = "xbd-python"
-"""The data path that the targets are for."""
-_NAME_WIDTH, _CELL_WIDTH = 11, 15
+_NAME_WIDTH, _CELL_WIDTH = 13, 15
 _COLUMNS = ("IOPS", "MiB/s", "CPU µs", "both µs", "p50 µs", "p99 µs", "x IOPS", "x CPU", "x both")
+
+
+_TARGET_COLUMNS = ("workload", "backend", "figure", "target", "measured", "plain C", "")
 
 
 @dataclass
 class Report:
-    """Everything about one session."""
+    """Everything about one call of the program."""
 
     environment: dict[str, str]
     settings: dict[str, Any]
-    peer: str | None
-    """Whom the ratios compare with, if it runs."""
-    results: Results
-    failures: list[str] = field(default_factory=list)
+    sessions: Sequence[Session]
+
+    @property
+    def failures(self) -> list[str]:
+        return [failure for session in self.sessions for failure in session.failures]
 
     # -- for people -------------------------------------------------------------------------
 
     def show(self, console: Console) -> None:
         """The whole table, then the targets."""
         console.print("Median of the repetitions, and below it the lowest and the highest.")
-        for workload, runs in self.results.items():
-            console.print(self._table(workload, runs))
-        legend = "CPU: the backend's process per operation; both: with the guest's"
-        if self.peer:
-            legend += f"; x: divided by {self.peer}'s, in pairs"
-        console.print(f"{legend}.")
+        for session in self.sessions:
+            console.rule(session.part.title, align="left")
+            for workload in session.results:
+                console.print(self._table(session, workload))
+        console.print(
+            "CPU: the backend's process per operation; both: with the guest's; "
+            "x: divided by the first one's, in pairs."
+        )
         self._show_targets(console)
         for failure in self.failures:
             console.print(f"[bold red]FAILED[/] {failure}", highlight=False)
 
-    def _table(self, workload: Workload, names: Iterable[str]) -> Table:
+    def _table(self, session: Session, workload: Workload) -> Table:
         table = Table(
             title=workload.name,
             title_justify="left",
@@ -70,70 +74,37 @@ class Report:
             padding=(0, 0),
         )
         table.add_column("", width=_NAME_WIDTH)
-        for column in _COLUMNS:
+        for column in _columns(session):
             table.add_column(column, width=_CELL_WIDTH, justify="right")
-        for name in names:
-            cells = [cell.partition(" (") for cell in self._cells(workload, name)]
+        for name in session.results[workload]:
+            cells = [cell.partition(" (") for cell in _cells(session, workload, name)]
             rows = [f"{median}\n[dim]{spread.rstrip(')')}[/]" for median, _, spread in cells]
             table.add_row(name, *rows)
         return table
 
     def _show_targets(self, console: Console) -> None:
-        table = Table(title=f"Targets for {REFERENCE}, as ratios to {self.peer or 'the peer'}")
-        for column in ("workload", "figure", "target", "measured", ""):
+        table = Table(title="Targets")
+        for column in _TARGET_COLUMNS:
             table.add_column(column)
-        for row in self.verdicts():
+        for row in self._measured():
             colour = {"PASS": "green", "MISS": "yellow"}.get(row["verdict"], "dim")
-            cells = (row["workload"], row["figure"], row["target"], row["measured"])
-            table.add_row(*cells, f"[{colour}]{row['verdict']}[/]")
+            *cells, verdict = row.values()
+            table.add_row(*cells, f"[{colour}]{verdict}[/]")
         console.print(table)
+        missing = len(self.verdicts()) - len(self._measured())
+        if missing:
+            console.print(f"{missing} targets were not measured.")
 
-    def _cells(self, workload: Workload, name: str) -> list[str]:
-        runs = self.results[workload]
-        good = [figures for figures in runs[name] if figures]
-        if not good:
-            return ["failed"] + [""] * (len(_COLUMNS) - 1)
-        large = workload.block >= MIB
-        cells = [
-            _text(spread(good, iops), "{:,.0f}"),
-            _text(spread(good, mib_per_second), "{:,.0f}"),
-            _text(spread(good, backend_cpu), "{:.0f}" if large else "{:.2f}"),
-            _text(spread(good, both_cpus), "{:.0f}" if large else "{:.2f}"),
-            _text(spread(good, p50), "{:,.0f}"),
-            _text(spread(good, p99), "{:,.0f}"),
-        ]
-        for metric in RATIOS.values():
-            quotient = self._ratio(runs, name, metric)
-            cells.append("" if quotient is None else _text(quotient, "{:.2f}"))
-        return cells
-
-    def _ratio(
-        self, runs: Mapping[str, Sequence[Figures | None]], name: str, metric: Any
-    ) -> Spread | None:
-        if self.peer is None or name == self.peer or self.peer not in runs:
-            return None
-        return ratio(runs[name], runs[self.peer], metric)
+    def _measured(self) -> list[dict[str, str]]:
+        return [row for row in self.verdicts() if row["measured"]]
 
     def verdicts(self) -> list[dict[str, str]]:
-        """Each target, what was measured, and PASS, MISS, or why neither."""
-        rows = []
-        for target in TARGETS:
-            measured = target.measured(self.results, REFERENCE, self.peer or "")
-            if measured is None:
-                text, verdict = "", "not measured"
-            else:
-                text = _text(measured, "{:.2f}")
-                verdict = "PASS" if target.met(measured) else "MISS"
-            rows.append(
-                {
-                    "workload": target.workload.name,
-                    "figure": target.what,
-                    "target": target.relation,
-                    "measured": text,
-                    "verdict": verdict,
-                }
-            )
-        return rows
+        """One row per target."""
+        return [
+            target.row(session.results)
+            for session in self.sessions
+            for target in session.part.targets
+        ]
 
     # -- for files --------------------------------------------------------------------------
 
@@ -149,30 +120,25 @@ class Report:
         return {
             "environment": self.environment,
             "settings": self.settings,
-            "peer": self.peer,
             "targets": self.verdicts(),
             "failures": self.failures,
-            "workloads": [
+            "parts": [
                 {
-                    "name": workload.name,
-                    **asdict(workload),
-                    "image": workload.image.value,
-                    "backends": {name: self._backend_json(workload, name) for name in runs},
+                    "title": session.part.title,
+                    "peer": session.part.peer,
+                    "workloads": [
+                        {
+                            "name": workload.name,
+                            **asdict(workload),
+                            "backends": {
+                                name: _backend_json(session, workload, name) for name in runs
+                            },
+                        }
+                        for workload, runs in session.results.items()
+                    ],
                 }
-                for workload, runs in self.results.items()
+                for session in self.sessions
             ],
-        }
-
-    def _backend_json(self, workload: Workload, name: str) -> dict[str, Any]:
-        runs = self.results[workload]
-        good = [figures for figures in runs[name] if figures]
-        ratios = {key: self._ratio(runs, name, metric) for key, metric in RATIOS.items()}
-        return {
-            "summary": {key: spread(good, metric).as_json() for key, metric in METRICS.items()}
-            if good
-            else None,
-            "ratios": {key: value.as_json() for key, value in ratios.items() if value},
-            "runs": list(runs[name]),
         }
 
     def _markdown(self) -> str:
@@ -183,20 +149,63 @@ class Report:
             "",
             "## Targets",
             "",
-            "| workload | figure | target | measured | |",
-            "|" + "---|" * 5,
+            f"| {' | '.join(_TARGET_COLUMNS)} |",
+            "|" + "---|" * len(_TARGET_COLUMNS),
         ]
-        lines += [f"| {' | '.join(row.values())} |" for row in self.verdicts()]
-        for workload, runs in self.results.items():
-            lines += ["", f"## {workload.name}", ""]
-            lines += [f"| backend | {' | '.join(_COLUMNS)} |", "|---|" + "---:|" * len(_COLUMNS)]
-            lines += [f"| {name} | {' | '.join(self._cells(workload, name))} |" for name in runs]
+        lines += [f"| {' | '.join(row.values())} |" for row in self._measured()]
+        for session in self.sessions:
+            lines += ["", f"## {session.part.title}"]
+            for workload, names in session.results.items():
+                lines += ["", f"### {workload.name}", ""]
+                columns = _columns(session)
+                lines += [f"| backend | {' | '.join(columns)} |"]
+                lines += ["|---|" + "---:|" * len(columns)]
+                for name in names:
+                    lines += [f"| {name} | {' | '.join(_cells(session, workload, name))} |"]
         if self.failures:
             lines += ["", "## Failures", ""]
             lines += [f"- {failure.replace(chr(10), ' / ')}" for failure in self.failures]
         return "\n".join(lines) + "\n"
 
 
-def _text(values: Spread, form: str) -> str:
-    low, high = form.format(values.low), form.format(values.high)
-    return f"{form.format(values.median)} ({low}-{high})"
+def _columns(session: Session) -> Sequence[str]:
+    own = session.part.columns
+    return [column.title for column in own] if own else _COLUMNS
+
+
+def _cells(session: Session, workload: Workload, name: str) -> list[str]:
+    runs = session.results[workload][name]
+    if not any(runs):
+        return ["failed"] + [""] * (len(_columns(session)) - 1)
+    if session.part.columns:
+        own = [(spread(runs, column.metric), column.form) for column in session.part.columns]
+        return ["" if value is None else value.text(form) for value, form in own]
+    large = workload.block >= MIB
+    shown: list[tuple[Metric, str]] = [
+        (iops, "{:,.0f}"),
+        (mib_per_second, "{:,.0f}"),
+        (backend_cpu, "{:.0f}" if large else "{:.2f}"),
+        (both_cpus, "{:.0f}" if large else "{:.2f}"),
+        (p50, "{:,.0f}"),
+        (p99, "{:,.0f}"),
+    ]
+    values = [(spread(runs, metric), form) for metric, form in shown]
+    values += [(_ratio(session, workload, name, metric), "{:.2f}") for metric in RATIOS.values()]
+    return ["" if value is None else value.text(form) for value, form in values]
+
+
+def _ratio(session: Session, workload: Workload, name: str, metric: Metric) -> Spread | None:
+    runs = session.results[workload]
+    peer = session.part.peer
+    return None if name == peer or peer not in runs else ratio(runs[name], runs[peer], metric)
+
+
+def _backend_json(session: Session, workload: Workload, name: str) -> dict[str, Any]:
+    runs = session.results[workload][name]
+    summary = {key: spread(runs, metric) for key, metric in METRICS.items()}
+    ratios = {key: _ratio(session, workload, name, metric) for key, metric in RATIOS.items()}
+    return {
+        "summary": {key: value.as_json() for key, value in summary.items() if value},
+        "ratios": {key: value.as_json() for key, value in ratios.items() if value},
+        "runs": list(runs),
+    }

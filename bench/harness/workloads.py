@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
 
 KIB = 1 << 10
 MIB = 1 << 20
-
-
-class Image(enum.Enum):
-    """Which file a workload uses; all have the same content to begin with."""
-
-    CACHED = "cached"
-    """Read through the host's page cache, and never written."""
-    DIRECT = "direct"
-    """Read past the page cache, and never written."""
-    WRITTEN = "written"
-    """Written past the page cache."""
-
-    @property
-    def through_cache(self) -> bool:
-        return self is Image.CACHED
+GIB = 1 << 30
 
 
 @dataclass(frozen=True)
 class Workload:
     """A closed loop of one kind of operation."""
 
-    image: Image
+    disk: str
+    """Which one, among those of its part of the measurements."""
     depth: int
     block: int = 4 * KIB
     """Bytes."""
+    write: bool = False
     sequential: bool = False
-
-    @property
-    def write(self) -> bool:
-        return self.image is Image.WRITTEN
+    through_cache: bool = False
+    """Through the host's page cache; otherwise with O_DIRECT."""
+    operations: int = 0
+    """So many, and nothing before them that is not counted; 0: for some seconds."""
+    touch: int = 0
+    """Before anything is counted, an operation in each so many bytes of the disk."""
+    subject: str = ""
+    """What is special about the disk."""
+    spin_us: int = 0
+    """How long the guest looks for answers before it sleeps."""
 
     @property
     def size_text(self) -> str:
@@ -46,23 +39,6 @@ class Workload:
     def name(self) -> str:
         order = "sequential" if self.sequential else "random"
         what = "write" if self.write else "read"
-        where = "page cache" if self.image.through_cache else "O_DIRECT"
-        return f"{self.size_text} {order} {what}, {where}, depth {self.depth}"
-
-
-CACHED_DEPTH_32 = Workload(Image.CACHED, 32)
-DIRECT_DEPTH_32 = Workload(Image.DIRECT, 32)
-
-QUICK = (CACHED_DEPTH_32, DIRECT_DEPTH_32)
-"""Those that there are targets for."""
-
-FULL = (
-    *(Workload(Image.CACHED, depth) for depth in (1, 8, 32, 128)),
-    *(Workload(Image.DIRECT, depth) for depth in (1, 8, 32, 128)),
-    *(Workload(Image.WRITTEN, depth) for depth in (1, 32)),
-    *(
-        Workload(image, 8, block, sequential=True)
-        for image in Image
-        for block in (64 * KIB, 1 * MIB)
-    ),
-)
+        where = "page cache" if self.through_cache else "O_DIRECT"
+        subject = f"{self.subject}: " if self.subject else ""
+        return f"{subject}{self.size_text} {order} {what}, {where}, depth {self.depth}"
