@@ -1,12 +1,14 @@
-# make run       the demonstration: guests, disks and a daemon, without Xen
-# make test      the test suite                     PYTEST_ARGS="tests/blkif -x" runs a part
-# make lint      ruff and mypy, and shellcheck where it is installed
-# make test-xen  the tests on a real Xen, emulated  XEN_ARGS="--suite bookworm 10 20" (see tests/xen/run)
-# make fuzz      random hostile guests, for a minute FUZZ_ARGS="--seconds 3600 --seed 7"
-# make bench     measurements beside QEMU's         BENCH_ARGS="..." (see bench/README.md)
-# make clean     remove what these have made, .venv too
+# make run          the demonstration: guests, disks and a daemon, without Xen
+# make test         the test suite                     PYTEST_ARGS="tests/blkif -x" runs a part
+# make test-native  the C of the native data path    NATIVE_ARGS="stress --sleeps 50000000" is one part
+# make lint         ruff and mypy, and shellcheck where it is installed
+# make test-xen     the tests on a real Xen, emulated  XEN_ARGS="--suite bookworm 10 20" (see tests/xen/run)
+# make fuzz         random hostile guests, then images, a minute each  FUZZ_ARGS="--seconds 3600 --seed 7"
+# make crash        qcow2 disks that crash and are killed, for a minute  CRASH_ARGS="--seconds 3600 --seed 7"
+# make bench        measurements beside QEMU's         BENCH_ARGS="..." (see bench/README.md)
+# make clean        remove what these have made, .venv too
 #
-# All of them make .venv first, with PYTHON (python3), and again when pyproject.toml has changed.
+# All but test-native make .venv first, with PYTHON (python3), and again when pyproject.toml or the C has changed.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -18,21 +20,31 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/made-from
+BENCH_STAMP := $(VENV)/made-for-bench
 PYTEST_ARGS ?=
 XEN_ARGS ?=
 BENCH_ARGS ?=
 FUZZ_ARGS ?= --seconds 60
-SHELL_SCRIPTS := .ci/run scripts/block-xbd tests/xen/lab tests/xen/image/build.sh tests/xen/image/dom0-init \
+CRASH_ARGS ?= --seconds 60
+NATIVE_ARGS ?=
+SHELL_SCRIPTS := .ci/run scripts/block-xbd bench/newest-qemu tests/xen/lab tests/xen/image/build.sh tests/xen/image/dom0-init \
 	tests/xen/image/dom0-initramfs-init tests/xen/image/guest-init tests/xen/dom0/main tests/xen/dom0/case \
 	tests/xen/dom0/lib.sh tests/xen/dom0/block-lab
 
-.PHONY: run test lint test-xen fuzz bench clean
+.PHONY: run test test-native lint test-xen fuzz crash bench clean
 
 run: $(STAMP)
 	@$(BIN)/xbd demo
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@some=0
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not alone" $(PYTEST_ARGS) || some=$$?
+	[ $$some = 0 ] || [ $$some = 5 ] || exit $$some
+	$(BIN)/python -m pytest -m alone $(PYTEST_ARGS) || [ $$? = 5 ]
+
+test-native:
+	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON), from Debian: apt-get install python3" >&2; exit 1; }
+	$(PYTHON) tests/native/run.py $(NATIVE_ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check
@@ -50,10 +62,15 @@ test-xen: $(STAMP)
 
 fuzz: $(STAMP)
 	@$(BIN)/python tests/fuzz/fuzz_ring.py $(FUZZ_ARGS)
+	$(BIN)/python tests/fuzz/fuzz_qcow2.py $(FUZZ_ARGS)
 
-bench: $(STAMP)
+crash: $(STAMP)
+	@$(BIN)/python tests/fuzz/crash_qcow2.py $(CRASH_ARGS)
+
+bench: $(BENCH_STAMP)
 	@command -v gcc >/dev/null || { echo "make: the measurements need a C compiler, from Debian: apt-get install gcc libc6-dev" >&2; exit 1; }
-	$(BIN)/python bench/run.py $(BENCH_ARGS)
+	qemu=$$(bench/newest-qemu) || echo "make: QEMU is measured as it is installed" >&2
+	$(BIN)/python bench/run.py $${qemu:+--qemu "$$qemu"} $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -61,7 +78,7 @@ clean:
 	find xbd tests bench -name __pycache__ -type d -exec rm -rf {} +
 
 # The environment is as good as its stamp: a half-made one has none, and is completed.
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml setup.py $(wildcard xbd/core/datapath/native/build.py xbd/core/datapath/native/src/*)
 	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON); xbd needs Python 3.11 or newer, from Debian: apt-get install python3 python3-venv" >&2; exit 1; }
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: xbd needs Python 3.11 or newer; choose one with PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) has no venv; from Debian: apt-get install python3-venv" >&2; exit 1; }
@@ -69,3 +86,11 @@ $(STAMP): pyproject.toml
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[test,lint]'
 	touch $@
+
+# The plots' library, which nothing else needs: without it there are tables alone.
+$(BENCH_STAMP): $(STAMP)
+	@if $(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[bench]'; then
+		touch $@
+	else
+		echo "make: matplotlib can't be installed: there will be no plots" >&2
+	fi
