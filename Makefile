@@ -1,5 +1,6 @@
 # make run          the demonstration: guests, disks and a daemon, without Xen
 # make test         the test suite                     PYTEST_ARGS="tests/blkif -x" runs a part
+# make test-slow    what takes longer: more images, more crashes, installations
 # make test-native  the C of the native data path    NATIVE_ARGS="stress --sleeps 50000000" is one part
 # make lint         ruff and mypy, and shellcheck where it is installed
 # make test-xen     the tests on a real Xen, emulated  XEN_ARGS="--suite bookworm 10 20" (see tests/xen/run)
@@ -31,16 +32,24 @@ SHELL_SCRIPTS := .ci/run scripts/block-xbd bench/newest-qemu tests/xen/lab tests
 	tests/xen/image/dom0-initramfs-init tests/xen/image/guest-init tests/xen/dom0/main tests/xen/dom0/case \
 	tests/xen/dom0/lib.sh tests/xen/dom0/block-lab
 
-.PHONY: run test test-native lint test-xen fuzz crash bench clean
+.PHONY: run test test-slow test-native lint test-xen fuzz crash bench clean
 
 run: $(STAMP)
 	@$(BIN)/xbd demo
 
-test: $(STAMP)
+# First what may run side by side. Nothing of the kind is no failure (5).
+define run-tests
 	@some=0
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not alone" $(PYTEST_ARGS) || some=$$?
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "$(1) and not alone" $(PYTEST_ARGS) || some=$$?
 	[ $$some = 0 ] || [ $$some = 5 ] || exit $$some
-	$(BIN)/python -m pytest -m alone $(PYTEST_ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest -m "$(1) and alone" $(PYTEST_ARGS) || [ $$? = 5 ]
+endef
+
+test: $(STAMP)
+	$(call run-tests,not slow)
+
+test-slow: $(STAMP)
+	$(call run-tests,slow)
 
 test-native:
 	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON), from Debian: apt-get install python3" >&2; exit 1; }

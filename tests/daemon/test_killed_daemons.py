@@ -16,6 +16,8 @@ from xbd.core.frontend.options import FrontendOptions
 from xbd.core.frontend.toolstack import DiskLine
 from xbd.core.units import PAGE_SIZE
 
+pytestmark = pytest.mark.slow
+
 WORKERS = 12
 PAGES = 120
 """Of each worker."""

@@ -150,6 +150,7 @@ def can_build() -> bool:
     return setuptools >= (70, 1) or importlib.util.find_spec("wheel") is not None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_build(), reason="needs setuptools 70.1 or wheel to build offline")
 def test_pip_installs_what_the_other_tests_install_by_hand(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]

@@ -54,6 +54,7 @@ async def test_imagefile_on_filesystems(tmp_path: Path, kind: str) -> None:
         await check_driver(imagefile.DRIVER, disk, examples=EXAMPLES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [MIB, MIB + 512])
 async def test_imagefile_above_large_sectors(tmp_path: Path, size: int) -> None:
     need("mkfs.ext4")
@@ -64,6 +65,7 @@ async def test_imagefile_above_large_sectors(tmp_path: Path, size: int) -> None:
             await check_driver(imagefile.DRIVER, disk, examples=EXAMPLES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["none", "writeback"])
 @pytest.mark.parametrize("kind", ["ext4", "tmpfs"])
 async def test_imagefile_without_space(tmp_path: Path, kind: str, cache: str) -> None:
@@ -95,6 +97,7 @@ class Extended(Wrapper):
         return await self.inner.resize(size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sector", [512, 4096])
 @pytest.mark.parametrize("options", RAW_OPTIONS)
 async def test_raw(tmp_path: Path, sector: int, options: str) -> None:

@@ -27,7 +27,7 @@ from xbd.core.driver import (
     OptionError,
     parse_options,
 )
-from xbd.core.hostio import hostfile
+from xbd.core.hostio import hostfile, locks
 from xbd.core.hostio.files import O_DIRECT
 from xbd.core.units import MIB
 from xbd.drivers.imagefile import DRIVER
@@ -311,7 +311,10 @@ async def test_an_image_has_one_writer(image: Path) -> None:
         pass
 
 
-async def test_a_lock_that_is_just_being_given_up_is_waited_for(image: Path) -> None:
+async def test_a_lock_that_is_just_being_given_up_is_waited_for(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "PATIENCE_SECONDS", 60.0)  # this machine may be slow
     taken, tried = trio.Event(), trio.Event()
 
     async def first() -> None:

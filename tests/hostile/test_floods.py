@@ -20,7 +20,7 @@ from xbd.core.datapath.pages.copied import MAX_BOUNCE_PAGES
 from xbd.core.driver.testing import Fault, FaultDevice, MemoryDevice
 from xbd.core.units import KIB, MIB, PAGE_SIZE
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.alone, pytest.mark.slow]
 
 READ, WRITE = constants.READ, constants.WRITE
 

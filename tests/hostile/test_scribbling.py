@@ -8,6 +8,8 @@ import pytest
 from hypothesis import settings
 from scribbling import scribble
 
+pytestmark = pytest.mark.slow
+
 SEEDS = max(20, settings().max_examples // 2)
 
 

@@ -36,6 +36,7 @@ def names(place: Path) -> set[str]:
     return {entry.name for entry in place.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

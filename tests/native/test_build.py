@@ -16,6 +16,8 @@ import pytest
 from xbd.core.datapath.config import DataPath
 from xbd.core.datapath.native.threads import describe_threads
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SECONDS = 100
 

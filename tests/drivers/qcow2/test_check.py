@@ -83,6 +83,7 @@ def test_only_known_kinds_of_mending(seeds: Seeds) -> None:
 # -- damaged on purpose -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", DAMAGES)
 def test_damage_is_found_and_mended_and_the_rest_of_the_disk_is_what_it_was(
     seeds: Seeds, tmp_path: Path, what: str
@@ -161,6 +162,7 @@ def _is_leak_or_flag(message: str) -> bool:
 ROUNDS = 80
 
 
+@pytest.mark.slow
 def test_damage_by_chance_is_judged_and_mended_as_by_qemu(seeds: Seeds, tmp_path: Path) -> None:
     """Damage that only a key, a password or a missing file shows is left out."""
     kinds = {"clean": 0, "leaks": 0, "corrupt": 0}

@@ -26,7 +26,7 @@ FAST = (
 )
 SNAPSHOTS = "WWWZUDFRNNPX"
 
-pytestmark = pytest.mark.usefixtures("no_power_cuts")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_power_cuts")]
 
 
 def small(name: str) -> Recipe:

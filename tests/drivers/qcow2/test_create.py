@@ -110,6 +110,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(
     OPTIONS,
     st.sampled_from([0, 512, 1000, 300 * KIB, MIB + 512, 3 * MIB]),

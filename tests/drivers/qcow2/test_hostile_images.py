@@ -59,6 +59,7 @@ def endure(seed: Seed, tmp_path: Path, times: int = 2) -> None:
 # -- by chance ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_images_damaged_by_chance_do_no_harm(tmp_path: Path, seeds: Seeds) -> None:
     """A process of its own has a limit for its memory."""
     command = [sys.executable, FUZZER, "--seed", "1", "--count", "60", "--keep", tmp_path]
@@ -389,6 +390,7 @@ def test_refcounts_that_lie(image: Seed, tmp_path: Path) -> None:
 # -- sizes --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_largest_disk_there_can_be(tmp_path: Path) -> None:
     path = tmp_path / "image"
     size = (1 << 61) - (2 << 20)

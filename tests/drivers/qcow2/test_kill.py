@@ -9,6 +9,8 @@ from qcow2_crashes import below_of
 from qcow2_kills import Killer
 from qcow2_recipes import NAMED
 
+pytestmark = pytest.mark.slow
+
 KILLS = 10
 
 

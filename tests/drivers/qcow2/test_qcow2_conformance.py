@@ -10,7 +10,7 @@ from pathlib import Path
 import attrs
 import pytest
 from host_storage import filesystem, loop_device, run, sparse
-from qcow2_recipes import NAMED, THOROUGH, Recipe, some
+from qcow2_recipes import NAMED, RECIPES, THOROUGH, Recipe
 from qcow2_walk import tool
 
 from xbd.core.driver import BlockDevice, OpenContext, parse_options
@@ -29,11 +29,8 @@ OPTIONS = (
     ("4k", {"compress": "yes"}),
 )
 
-FAST = (
-    "default v2 512 1-bit 64-bit-512 subclusters metadata falloc over-shorter over-longer "
-    "over-qcow2 v2-over subclusters-over zlib zstd snapshots snapshots-v2 external external-raw "
-    "luks"
-)
+FAST = ("default", "512", "subclusters-over", "zstd", "snapshots", "external-raw", "luks")
+OTHERS = [recipe for recipe in RECIPES if recipe.name not in FAST]
 
 pytestmark = pytest.mark.usefixtures("no_power_cuts")
 
@@ -72,11 +69,18 @@ def test_descriptor() -> None:
     check_descriptor("qcow2", DRIVER)
 
 
-@pytest.mark.parametrize("recipe", some(FAST), ids=str)
-async def test_image(tmp_path: Path, recipe: Recipe) -> None:
+@pytest.mark.parametrize("name", FAST)
+async def test_image(tmp_path: Path, name: str) -> None:
+    await conform(NAMED[name], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", OTHERS, ids=str)
+async def test_more_images(tmp_path: Path, recipe: Recipe) -> None:
     await conform(recipe, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
 async def test_options(tmp_path: Path, name: str, options: dict[str, str]) -> None:
     await conform(NAMED[name], tmp_path, **options)

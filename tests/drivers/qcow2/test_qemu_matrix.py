@@ -25,7 +25,7 @@ from xbd.drivers.qcow2.sizing import set_size
 from xbd.drivers.qcow2.writing import Writer
 from xbd.drivers.qcow2.zeroing import Zeroer
 
-pytestmark = pytest.mark.usefixtures("no_power_cuts")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_power_cuts")]
 
 ODD = 7 * SECTOR
 """What disks are shorter than whole clusters."""

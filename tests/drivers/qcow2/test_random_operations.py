@@ -68,6 +68,7 @@ def in_threads(jobs: list[Callable[[], None]]) -> None:
         raise errors[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -101,6 +101,7 @@ CRASHES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", CRASHES, ids=lambda names: names[0])
 def test_a_repair_that_is_killed_leaves_the_image_no_worse(
     seeds: Seeds, tmp_path: Path, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch

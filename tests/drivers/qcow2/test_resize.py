@@ -68,6 +68,7 @@ KINDS: list[dict[str, str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", KINDS)
 @pytest.mark.parametrize("sizes", [(MIB, 5 * MIB), (5 * MIB, MIB), (MIB + 512, 70 * MIB + 512)])
 def test_the_content_stays_and_zeroes_come(
@@ -140,6 +141,7 @@ def test_a_large_disk_gets_a_longer_table(tmp_path: Path) -> None:
     assert read_info(path).virtual_size == 100 * TIB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["metadata", "falloc", "full"])
 @pytest.mark.parametrize("options", [*KINDS[:2], {"cluster_size": "2M"}, *KINDS[3:]])
 def test_preallocation(

@@ -245,6 +245,7 @@ def image_of(path: DataPath) -> Qcow2Device:
     return device
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -167,6 +167,7 @@ class Turns:
             self.made.agree()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -503,6 +504,7 @@ def assert_nothing_lost(image: ImageBytes) -> None:
     assert all(uses[cluster] == 1 for cluster in copied)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.name)
 @pytest.mark.parametrize("name", ["snapshots-over", "snapshots-v2", "snapshots-subclusters"])
 def test_a_crash_at_any_write_leaves_the_one_or_the_other(
@@ -539,6 +541,7 @@ def qemu_finds_leaks_at_most(path: Path) -> None:
     assert done.returncode in (0, 3), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["snapshots-over", "snapshots-v2", "snapshots-subclusters"])
 def test_a_crash_while_a_snapshot_makes_room_loses_nothing(tmp_path: Path, name: str) -> None:
     """Where the host has none for anything else, counts and flags are corrected in place."""
@@ -624,6 +627,7 @@ def recovered(made: Made, crashed: bytes) -> bytes:
     return bytes(data.disk(below.read_bytes() if below.exists() else b""))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.name)
 def test_what_the_host_refuses_loses_nothing(tmp_path: Path, change: Change) -> None:
     made = NAMED["snapshots"].make(tmp_path)
