@@ -161,7 +161,7 @@ def main() -> int:
     if not is_there():
         print(
             "fuzz_native: the C is not fuzzed, for want of clang with libFuzzer; from Debian: "
-            "apt-get install clang libclang-rt-14-dev (of clang's version) make"
+            "apt-get install clang libclang-rt-dev make"
         )
         return 0
     targets = arguments.target or TARGETS

@@ -63,6 +63,7 @@ struct world {
     xbd_extents *extents;
     xbd_connection *connection;
     struct xbd_connection_config config;
+    uint64_t largest;                   /* that the disk has ever been */
     unsigned nr_rings;
     struct guest_ring rings[RINGS];
     _Atomic uint64_t *table;
@@ -132,8 +133,9 @@ static void check_file(const struct world *world)
     CHECK(!fstat(file, &status) && status.st_size == FILE_BLOCKS * BLOCK);
     for (unsigned i = 0; i < FILE_BLOCKS; i++)
         CHECK(i % 3 == 1 || is_filled_with(file_bytes + i * BLOCK, SECRET));
-    for (unsigned i = 0; i < BLOCKS && world->config.limits.read_only; i++)
-        CHECK(is_filled_with(file_bytes + place_of(i), (uint8_t)(i + 1)));
+    for (unsigned i = 0; i < BLOCKS; i++)
+        if (world->config.limits.read_only || (uint64_t)i * BLOCK >= world->largest)
+            CHECK(is_filled_with(file_bytes + place_of(i), (uint8_t)(i + 1)));
 }
 
 /* -- what was taken ------------------------------------------------------------------------------------ */
@@ -344,7 +346,7 @@ static void give_verdict(struct world *world, unsigned which, uint8_t how)
 static void check_request(const struct world *world, const struct xbd_event *event)
 {
     CHECK(event->ring < world->nr_rings && event->operation <= OP_DISCARD);
-    CHECK(event->offset <= BLOCKS * BLOCK && event->length <= BLOCKS * BLOCK - event->offset);
+    CHECK(event->offset <= world->largest && event->length <= world->largest - event->offset);
     CHECK(!event->resolvable || (event->nr_buffers && event->operation <= OP_WRITE));
     for (unsigned i = 0; i < world->nr_held; i++)
         CHECK(world->held[i].request != event->request);
@@ -544,6 +546,7 @@ static void choose_limits(struct world *world)
         .barrier = how & 32,
         .discard = how & 16,
     };
+    world->largest = world->config.limits.size;
 }
 
 /* The disk may change its size, but not whether it may be written. */
@@ -551,6 +554,7 @@ static void change_limits(struct world *world)
 {
     struct xbd_limits limits = world->config.limits;
     limits.size = byte(world->input) % (BLOCKS + 1) * BLOCK;
+    world->largest = limits.size > world->largest ? limits.size : world->largest;
     xbd_connection_set_limits(world->connection, &limits);
 }
 
