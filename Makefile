@@ -4,7 +4,7 @@
 # make test-native  the C of the native data path    NATIVE_ARGS="stress --sleeps 50000000" is one part
 # make lint         ruff and mypy, and shellcheck where it is installed
 # make test-xen     the tests on a real Xen, emulated  XEN_ARGS="--suite bookworm 10 20" (see tests/xen/run)
-# make fuzz         random hostile guests, then images, a minute each  FUZZ_ARGS="--seconds 3600 --seed 7"
+# make fuzz         random hostile guests, then images, then the C by itself, a minute each  FUZZ_ARGS="--seconds 3600 --seed 7"
 # make crash        qcow2 disks that crash and are killed, for a minute  CRASH_ARGS="--seconds 3600 --seed 7"
 # make bench        measurements beside QEMU's         BENCH_ARGS="..." (see bench/README.md)
 # make clean        remove what these have made, .venv too
@@ -72,6 +72,7 @@ test-xen: $(STAMP)
 fuzz: $(STAMP)
 	@$(BIN)/python tests/fuzz/fuzz_ring.py $(FUZZ_ARGS)
 	$(BIN)/python tests/fuzz/fuzz_qcow2.py $(FUZZ_ARGS)
+	$(BIN)/python tests/fuzz/fuzz_native.py $(FUZZ_ARGS)
 
 crash: $(STAMP)
 	@$(BIN)/python tests/fuzz/crash_qcow2.py $(CRASH_ARGS)
@@ -83,7 +84,7 @@ bench: $(BENCH_STAMP)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	rm -rf bench/build bench/results tests/xen/results
+	rm -rf bench/build bench/results tests/native/c/build tests/fuzz/native/build tests/xen/results
 	find xbd tests bench -name __pycache__ -type d -exec rm -rf {} +
 
 # The environment is as good as its stamp: a half-made one has none, and is completed.

@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="test the native data path's C")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (all)")
     parser.add_argument(
-        "--sleeps", type=int, default=3_000_000, help="of the stress test (default: %(default)s)"
+        "--sleeps", type=int, default=2_000_000, help="of the stress test (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
     if unknown := set(options.parts) - set(PARTS):

@@ -5,7 +5,7 @@
  *  - of its pages nothing is written but the sectors of a read that it asked for, and only where it grants that;
  *  - of the image nothing is written or read beyond the disk, and nothing is written if that is read-only;
  *  - every request that was taken is answered once at most, and once exactly if all comes to its end;
- *  - and it does come to its end, with everything given back.
+ *  - and it does come to its end, with everything given back, and everything told that was waited for.
  *
  * The input is a small program.  Rings, journals and the grant table are allocations of exactly their size; pages
  * have guards around them, and cannot be written at all where the backend should only read them.
@@ -63,13 +63,17 @@ struct world {
     xbd_extents *extents;
     xbd_connection *connection;
     struct xbd_connection_config config;
+    uint64_t largest;                   /* that the disk has ever been */
     unsigned nr_rings;
     struct guest_ring rings[RINGS];
     _Atomic uint64_t *table;
     bool was_granted[PAGES];            /* for writing, at some time that still counts */
     struct xbd_event held[MOST_HELD];
     unsigned nr_held;
-    bool drained, stopping, stopped, settled;
+    unsigned drains, drained;           /* asked for, and told of */
+    unsigned settles, settled;
+    bool corrupt;                       /* one of the rings: it answers no more */
+    bool stopping, stopped;
 };
 
 static struct guest_memory memory;      /* between guards; of all inputs */
@@ -129,8 +133,9 @@ static void check_file(const struct world *world)
     CHECK(!fstat(file, &status) && status.st_size == FILE_BLOCKS * BLOCK);
     for (unsigned i = 0; i < FILE_BLOCKS; i++)
         CHECK(i % 3 == 1 || is_filled_with(file_bytes + i * BLOCK, SECRET));
-    for (unsigned i = 0; i < BLOCKS && world->config.limits.read_only; i++)
-        CHECK(is_filled_with(file_bytes + place_of(i), (uint8_t)(i + 1)));
+    for (unsigned i = 0; i < BLOCKS; i++)
+        if (world->config.limits.read_only || (uint64_t)i * BLOCK >= world->largest)
+            CHECK(is_filled_with(file_bytes + place_of(i), (uint8_t)(i + 1)));
 }
 
 /* -- what was taken ------------------------------------------------------------------------------------ */
@@ -300,7 +305,8 @@ static void carry_out(const struct world *world, const struct xbd_event *event)
     bool write = event->operation != OP_READ;
     CHECK(!write || !event->nr_buffers || !world->config.limits.read_only);
     for (unsigned i = 0; i < event->nr_buffers; i++) {
-        CHECK(event->buffers[i].length <= PAGE);
+        /* Pages that are neighbours may be one buffer. */
+        CHECK(event->buffers[i].length && event->buffers[i].length <= event->offset + event->length - offset);
         move_bytes(event->buffers[i].start, event->buffers[i].length, offset, write);
         offset += event->buffers[i].length;
     }
@@ -340,7 +346,7 @@ static void give_verdict(struct world *world, unsigned which, uint8_t how)
 static void check_request(const struct world *world, const struct xbd_event *event)
 {
     CHECK(event->ring < world->nr_rings && event->operation <= OP_DISCARD);
-    CHECK(event->offset <= BLOCKS * BLOCK && event->length <= BLOCKS * BLOCK - event->offset);
+    CHECK(event->offset <= world->largest && event->length <= world->largest - event->offset);
     CHECK(!event->resolvable || (event->nr_buffers && event->operation <= OP_WRITE));
     for (unsigned i = 0; i < world->nr_held; i++)
         CHECK(world->held[i].request != event->request);
@@ -355,20 +361,22 @@ static void note_event(struct world *world, const struct xbd_event *event)
         world->held[world->nr_held++] = *event;
         break;
     case XBD_DRAINED:
-        world->drained = true;
+        CHECK(event->number < world->drains && world->drained++ < world->drains);
         break;
     case XBD_STOPPED:
         world->stopped = true;
         break;
     case XBD_SETTLED:
-        world->settled = true;
+        CHECK(event->number < world->settles && world->settled++ < world->settles);
         break;
     case XBD_BROKEN:
         CHECK(event->kind != XBD_BROKEN);
         break;
+    case XBD_CORRUPT:
+        world->corrupt = true;
+        break;
     case XBD_REJECTED:
     case XBD_NO_PAGES:
-    case XBD_CORRUPT:
         break;
     }
 }
@@ -401,7 +409,7 @@ static void forget_some(struct world *world)
 {
     uint64_t offset = byte(world->input) % BLOCKS * BLOCK;
     xbd_extents_forget(world->extents, offset, byte(world->input) * UINT64_C(512));
-    xbd_connection_settle(world->connection, offset, byte(world->input) * UINT64_C(512), 1);
+    xbd_connection_settle(world->connection, offset, byte(world->input) * UINT64_C(512), world->settles++);
 }
 
 /* -- the guest ----------------------------------------------------------------------------------------- */
@@ -538,6 +546,7 @@ static void choose_limits(struct world *world)
         .barrier = how & 32,
         .discard = how & 16,
     };
+    world->largest = world->config.limits.size;
 }
 
 /* The disk may change its size, but not whether it may be written. */
@@ -545,6 +554,7 @@ static void change_limits(struct world *world)
 {
     struct xbd_limits limits = world->config.limits;
     limits.size = byte(world->input) % (BLOCKS + 1) * BLOCK;
+    world->largest = limits.size > world->largest ? limits.size : world->largest;
     xbd_connection_set_limits(world->connection, &limits);
 }
 
@@ -591,8 +601,8 @@ static void connect_ring(struct world *world, struct guest_ring *ring)
 
 static void connect_all(struct world *world)
 {
-    world->drained = world->stopping = world->stopped = false;
-    world->nr_held = 0;
+    world->drains = world->drained = world->settles = world->settled = world->nr_held = 0;
+    world->corrupt = world->stopping = world->stopped = false;
     for (unsigned page = 0; page < PAGES; page++)
         world->was_granted[page] = world->table[page] == GRANTED;
     world->connection = xbd_connection_new(&world->config);
@@ -606,17 +616,28 @@ static void connect_all(struct world *world)
     check_all(world);
 }
 
-/* The driver answers everything now; nothing more is taken. */
+/* Nothing more is taken; nobody waits for that. */
+static void pause_taking(struct world *world)
+{
+    xbd_connection_drain(world->connection, world->drains++);
+}
+
+static void resume_taking(struct world *world)
+{
+    xbd_connection_resume(world->connection);
+}
+
+/* The driver answers everything now; nothing more is taken.  A corrupt ring is only stopped. */
 static void drain_all(struct world *world)
 {
-    xbd_connection_drain(world->connection);
-    for (unsigned steps = 0; !world->drained; steps++) {
+    pause_taking(world);
+    for (unsigned steps = 0; world->drained < world->drains && !world->corrupt; steps++) {
         CHECK(steps < MOST_STEPS);
         answer_all_held(world);
         step_backend(world);
         fetch_events(world);
     }
-    CHECK(!nr_open(world));
+    CHECK(world->corrupt || !nr_open(world));
 }
 
 static void stop_all(struct world *world)
@@ -630,6 +651,7 @@ static void stop_all(struct world *world)
         CHECK(!turn(world->thread, false, 0));
         fetch_events(world);
     }
+    CHECK(world->drained == world->drains && world->settled == world->settles);
     look_for_taken(world);
     check_pages(world);
     for (unsigned i = 0; i < world->nr_rings; i++)
@@ -664,6 +686,7 @@ static void open_world(struct world *world)
         .request_alignment = how & 8 ? 4096 : 1,
         .memory_alignment = how & 16 ? 4096 : 1,
         .abi = how >> 5 & 1,
+        .paused = how & 64,
     };
     guest_memory_describe(&memory, &world->config.domain);
     choose_limits(world);
@@ -686,10 +709,22 @@ static void close_world(struct world *world)
 
 /* -- all of it ----------------------------------------------------------------------------------------- */
 
+static void hold_all(struct world *world)
+{
+    xbd_connection_hold(world->connection);
+    step_backend(world);
+    step_driver(world);
+    step_backend(world);
+}
+
 static void reconnect(struct world *world)
 {
-    if (byte(world->input) & 1)
+    uint8_t how = byte(world->input);
+    world->config.paused = how & 1;
+    if (how & 2)
         drain_all(world);
+    if (how & 4)
+        hold_all(world);
     stop_all(world);
     connect_all(world);
 }
@@ -699,7 +734,7 @@ static void act(struct world *world)
     static void (*const acts[])(struct world *) = {
         step_backend, step_backend, step_backend, step_driver, step_driver, ask_directly, ask_directly, ask_directly,
         ask_indirectly, ask_to_discard, ask_anything, write_index, scribble, change_grant, change_page, kick,
-        change_limits, forget_some, reconnect,
+        change_limits, forget_some, pause_taking, resume_taking, reconnect,
     };
     acts[byte(world->input) % (sizeof(acts) / sizeof(acts[0]))](world);
     /* What the guest did to its own pages is not the backend's doing. */

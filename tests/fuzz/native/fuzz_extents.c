@@ -24,15 +24,15 @@ enum {
 #define FAR_SHIFT 25
 #define FAR_LENGTH (UINT64_C(1) << 16)
 
-struct place {
+struct known_place {
     uint32_t epoch;                     /* known if it is this input's */
     int32_t fd;
     uint64_t position;
 };
 
 struct model {
-    struct place blocks[WINDOWS][BLOCKS];
-    struct place far[FAR];
+    struct known_place blocks[WINDOWS][BLOCKS];
+    struct known_place far[FAR];
 };
 
 struct world {
@@ -70,7 +70,7 @@ static uint64_t base(const struct world *world, unsigned window)
     }
 }
 
-static bool is_known(const struct place *place)
+static bool is_known(const struct known_place *place)
 {
     return place->epoch == epoch;
 }
@@ -117,11 +117,11 @@ static void check_pieces(const struct xbd_piece *pieces, unsigned count, unsigne
 }
 
 /* Byte by byte would be the model; a block and what of it is in the piece is the same. */
-static void check_blocks(const struct world *world, const struct place *blocks, uint64_t inside,
+static void check_blocks(const struct world *world, const struct known_place *blocks, uint64_t inside,
                          const struct xbd_piece *piece)
 {
     for (uint64_t at = 0; at < piece->length;) {
-        const struct place *place = &blocks[(inside + at) / world->block];
+        const struct known_place *place = &blocks[(inside + at) / world->block];
         uint64_t within = (inside + at) % world->block;
         uint64_t part = world->block - within;
         CHECK(is_known(place) && place->fd == piece->fd);
@@ -174,7 +174,7 @@ static void put(struct world *world, bool for_write, const struct range *range, 
         return;
     CHECK(xbd_extents_put(world->extents, for_write, start, start + range->number * world->block, fd, position));
     for (unsigned i = 0; i < range->number; i++)
-        models[for_write].blocks[range->window][range->first + i] = (struct place){epoch, fd, position + i * world->block};
+        models[for_write].blocks[range->window][range->first + i] = (struct known_place){epoch, fd, position + i * world->block};
 }
 
 static uint64_t choose_position(struct world *world, const struct range *range)
@@ -231,7 +231,7 @@ static void put_far(struct world *world)
         uint64_t position = (uint64_t)i * FAR_LENGTH;
         int32_t fd = (how >> 1 & 7) + (int32_t)(i % 5);
         CHECK(xbd_extents_put(world->extents, for_write, start, start + FAR_LENGTH, fd, position));
-        models[for_write].far[i] = (struct place){epoch, fd, position};
+        models[for_write].far[i] = (struct known_place){epoch, fd, position};
     }
 }
 
@@ -247,7 +247,7 @@ static void put_over_far(struct world *world)
     uint64_t end = FAR_BASE + ((uint64_t)last << FAR_SHIFT) + FAR_LENGTH;
     CHECK(xbd_extents_put(world->extents, for_write, start, end, fd, start));
     for (unsigned i = first; i <= last; i++)
-        models[for_write].far[i] = (struct place){epoch, fd, FAR_BASE + ((uint64_t)i << FAR_SHIFT)};
+        models[for_write].far[i] = (struct known_place){epoch, fd, FAR_BASE + ((uint64_t)i << FAR_SHIFT)};
 }
 
 /* Nothing comes of these. */
@@ -265,7 +265,7 @@ static void put_nonsense(struct world *world)
 
 /* -- forgetting ---------------------------------------------------------------------------------------- */
 
-static bool drop(struct place *place)
+static bool drop(struct known_place *place)
 {
     bool known = is_known(place);
     place->epoch = epoch - 1;
@@ -348,7 +348,7 @@ static void find_far(struct world *world)
     unsigned which = byte(world->input) % FAR;
     uint64_t within = (uint64_t)byte(world->input) % FAR_LENGTH;
     uint64_t offset = FAR_BASE + ((uint64_t)which << FAR_SHIFT) + within;
-    const struct place *place = &models[how & 1].far[which];
+    const struct known_place *place = &models[how & 1].far[which];
     if (!xbd_extents_find(world->extents, how & 1, offset, FAR_LENGTH - within, &piece, 1))
         return;
     CHECK(is_known(place) && place->fd == piece.fd);

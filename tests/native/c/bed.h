@@ -8,7 +8,7 @@
 #include "fake_xen.h"
 #include "front.h"
 
-enum { BED_RINGS = 24, BED_FILES = 2, BED_EVENTS = 4096, BED_IDS = 4096, BED_SECONDS = 20 };
+enum { BED_RINGS = 24, BED_FILES = 2, BED_EVENTS = 4096, BED_IDS = 4096, BED_SECONDS = 10 };
 
 struct bed_setup {
     enum xbd_engine engine;

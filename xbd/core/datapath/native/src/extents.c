@@ -134,6 +134,7 @@ static bool look_up(const struct known *known, uint64_t offset, struct place *pl
     const struct entry *entry = &known->table[at];
     place->start = GET(entry->start);
     place->end = GET(entry->end);
+    STRESS_POINT(EXTENTS_READ);
     place->fd = (int32_t)GET(entry->fd);
     place->position = GET(entry->position);
     return place->start <= offset && offset < place->end;       /* else it is not known, or a mixture */

@@ -42,6 +42,7 @@ enum stress_place {
     EXTENTS_CHANGED,
     EXTENTS_FIND,                   /* after the sequence was read, and before it is read again */
     EXTENTS_FOUND,
+    EXTENTS_READ,                   /* between the words of an extent */
     BUDGET_TAKE,
     BUDGET_TAKING,
     BUDGET_GIVE,
