@@ -135,7 +135,7 @@ def run_checks() -> None:
         runs = [pool.submit(check, sanitizer, "connection_test") for sanitizer in reversed(every)]
         for each in runs:
             each.result()
-    for sanitizer, hits in zip(every, ("200000", "100000", "20000"), strict=True):
+    for sanitizer, hits in zip(every, ("100000", "50000", "20000"), strict=True):
         check(sanitizer, "extents_threads", hits)
     for sanitizer in SANITIZERS:
         check(sanitizer, "stress_test", "--sleeps", "150000")
