@@ -69,6 +69,7 @@ class Writer:
             assert number == max((last - 1 - place) // BLOCKS * BLOCKS + place + 1, 0)
 
 
+@pytest.mark.slow
 async def test_a_snapshot_is_one_moment_of_a_guest_that_writes(tmp_path):
     directory, image = tmp_path / "host", tmp_path / "disk.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", image, 16 * MIB)

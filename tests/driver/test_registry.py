@@ -102,6 +102,7 @@ def test_a_drivers_options_are_shown(xbd: Xbd) -> None:
     assert "chunks:PATH?OPTION=VALUE" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "why"),
     [

@@ -36,6 +36,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         yield path
 
 
+@pytest.mark.slow
 async def test_random_work_agrees_with_a_model_and_with_qemu(place: Path) -> None:
     for options in ({}, {"cache": "writeback"}, {"discard": "ignore"}, {"sector-size": "4096"}):
         image = sparse(place / "image", SIZE)

@@ -14,6 +14,7 @@ from ring_fuzz import attack
 SEEDS = max(20, settings().max_examples // 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(3))
 async def test_random_guests_get_what_they_asked_for_and_no_more(field, part):
     requests = 0

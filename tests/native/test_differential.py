@@ -85,6 +85,7 @@ def paths():
         yield found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(max(120, 2 * settings.default.max_examples))
 @pytest.mark.parametrize("abi", [X86_64, X86_32], ids=lambda abi: abi.name)
 @given(data=st.data())

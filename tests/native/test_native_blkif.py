@@ -229,7 +229,6 @@ def test_every_entry_is_judged_alike(native, abi, data, limits):
 
 @pytest.mark.parametrize("abi", ABIS, ids=lambda abi: abi.name)
 @given(data=st.data(), limits=LIMITS, later=st.none() | LIMITS)
-@settings(max_examples=2 * settings.default.max_examples)
 def test_indirect_pages_are_judged_alike(native, abi, data, limits, later):
     """Also when the limits have changed since the request was decoded."""
     entry = data.draw(indirect_entries(abi))

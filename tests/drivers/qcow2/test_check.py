@@ -131,6 +131,7 @@ def _compare(found: CheckReport, told: dict[str, Any] | None, expected: Damage) 
         assert expected.why
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", DAMAGES)
 def test_leaks_alone_are_mended_only_where_nothing_else_is_wrong(
     seeds: Seeds, tmp_path: Path, what: str

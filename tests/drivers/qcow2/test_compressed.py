@@ -67,6 +67,7 @@ def codec(request: pytest.FixtureRequest) -> Codec:
 # -- QEMU ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_zstd
 @pytest.mark.parametrize("bits", range(9, 22))
 @pytest.mark.parametrize("compression", TYPES)

@@ -150,6 +150,7 @@ def test_any_options_give_what_qemu_img_makes_of_them(
             use(ours, info(ours)["virtual-size"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "options"),
     [

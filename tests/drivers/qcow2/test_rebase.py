@@ -77,6 +77,7 @@ PAIRS = [(old, new, "") for old in KINDS for new in KINDS] + [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("old", "new", "options"), PAIRS)
 def test_whatever_was_behind_and_is_now(
     tmp_path: Path, old: str | None, new: str | None, options: str

@@ -330,6 +330,7 @@ def test_runs_for_tables_lie_in_one_piece(tmp_path: Path) -> None:
                 image.flush()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["2-bit-512", "64-bit-512"])
 def test_tables_grow_far(tmp_path: Path, name: str) -> None:
     """Many blocks and several tables of counts, seen by QEMU as well."""
