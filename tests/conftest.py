@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile(
     "fast", max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
-settings.register_profile("more", parent=settings.get_profile("fast"), max_examples=400)
+settings.register_profile("longer", parent=settings.get_profile("fast"), max_examples=400)
 settings.register_profile("thorough", parent=settings.get_profile("fast"), max_examples=2000)
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "fast")
 settings.load_profile(PROFILE)
