@@ -23,7 +23,7 @@ sys.path.insert(0, str(LAB))
 from host import booted, file_system, image_root, last_lines, payload  # noqa: E402
 
 _POLL_S = 0.05
-_ANSWER_S = 300.0
+_ANSWER_S = 600.0
 """For everything but the work itself; the first order waits for dom0 and its guest to boot."""
 _SCRATCH_MIB = 3072
 _PROFILE_SHIFT = 4
