@@ -9,7 +9,7 @@ from harness.figures import Spread
 from harness.report import Section
 from harness.servers import XBD
 from harness.workloads import Workload
-from harness.xen import BLKBACK, QDISK, WORKLOADS, fio
+from harness.xen import BLKBACK, QDISK, WORKLOADS, fio, has
 from harness.xen_host import XenHost
 
 _ROUNDS = 2000
@@ -27,7 +27,6 @@ _SERVICES = {
     "unmask": "event channel: unmask",
 }
 _PROFILED = tuple(workload for workload in WORKLOADS if workload.depth == 32 and not workload.write)
-_PROFILED_BACKENDS = (QDISK, XBD, BLKBACK)
 _TRACED_SECONDS = 4
 
 
@@ -49,7 +48,8 @@ def profiles(host: XenHost, seconds: int) -> Iterator[Section]:
     for workload in _PROFILED:
         told = {
             backend: host.order("profile", seconds, run=fio(backend, workload, seconds))
-            for backend in _PROFILED_BACKENDS
+            for backend in (QDISK, XBD, BLKBACK)
+            if has(backend, workload)
         }
         yield _threads(workload, told)
         yield _kernel(workload, told)

@@ -2,7 +2,7 @@
  * What the hypervisor's services cost in this domain, which grants its pages and offers its ports to itself: the system
  * calls are those that Xen's libraries make, with nothing around them.
  *
- * micro ROUNDS: prints a line "NAME NANOSECONDS" for each service: per call, the mean of ROUNDS calls, without what
+ * micro ROUNDS: prints a line "NAME NANOSECONDS" for each service: per call, the median of ROUNDS calls, without what
  * reading the clock takes.
  */
 #include <errno.h>
@@ -36,30 +36,55 @@ static int64_t now_ns(void) {
     return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
 }
 
+/* What one call takes, again and again. */
+struct watch {
+    int64_t began_ns;
+    int64_t *taken_ns;
+    long count;
+};
+
+static long rounds;
 static double clock_ns; /* what reading it takes */
 
-static void measure_clock(long rounds) {
-    int64_t began = now_ns();
-    for (long round = 0; round < rounds; round++)
-        now_ns();
-    clock_ns = (double)(now_ns() - began) / (double)rounds;
+static struct watch new_watch(void) {
+    struct watch watch = {.taken_ns = calloc((size_t)rounds, sizeof *watch.taken_ns)};
+    if (!watch.taken_ns)
+        fail("memory");
+    return watch;
 }
-
-/* A stopwatch that runs only around what is measured. */
-struct watch {
-    int64_t began_ns, sum_ns;
-};
 
 static void watch_start(struct watch *watch) {
     watch->began_ns = now_ns();
 }
 
 static void watch_stop(struct watch *watch) {
-    watch->sum_ns += now_ns() - watch->began_ns;
+    watch->taken_ns[watch->count++] = now_ns() - watch->began_ns;
 }
 
-static void tell(const char *name, const struct watch *watch, long calls) {
-    printf("%s %.0f\n", name, (double)watch->sum_ns / (double)calls - clock_ns);
+static int compare(const void *left, const void *right) {
+    int64_t one = *(const int64_t *)left, other = *(const int64_t *)right;
+    return (one > other) - (one < other);
+}
+
+static double median_ns(struct watch *watch) {
+    qsort(watch->taken_ns, (size_t)watch->count, sizeof *watch->taken_ns, compare);
+    double median = (double)watch->taken_ns[watch->count / 2];
+    free(watch->taken_ns);
+    return median;
+}
+
+static void measure_clock(void) {
+    struct watch nothing = new_watch();
+    for (long round = 0; round < rounds; round++) {
+        watch_start(&nothing);
+        watch_stop(&nothing);
+    }
+    clock_ns = median_ns(&nothing);
+}
+
+/* Each of the calls has done the same so many times. */
+static void tell(const char *name, struct watch *watch, unsigned times) {
+    printf("%s %.0f\n", name, (median_ns(watch) - clock_ns) / times);
 }
 
 static int open_device(const char *path) {
@@ -120,9 +145,9 @@ static void unmap(int gntdev, unsigned char *pages, unsigned count) {
         fail("unmapping grants");
 }
 
-static void measure_map(int gntdev, const uint32_t *refs, unsigned count, long rounds, const char *mapping,
+static void measure_map(int gntdev, const uint32_t *refs, unsigned count, const char *mapping,
                         const char *unmapping) {
-    struct watch mapped = {0}, unmapped = {0};
+    struct watch mapped = new_watch(), unmapped = new_watch();
     for (long round = 0; round < rounds; round++) {
         watch_start(&mapped);
         unsigned char *pages = map(gntdev, refs, count);
@@ -131,14 +156,14 @@ static void measure_map(int gntdev, const uint32_t *refs, unsigned count, long r
         unmap(gntdev, pages, count);
         watch_stop(&unmapped);
     }
-    tell(mapping, &mapped, rounds);
-    tell(unmapping, &unmapped, rounds);
+    tell(mapping, &mapped, 1);
+    tell(unmapping, &unmapped, 1);
 }
 
-static void measure_copy(int gntdev, const uint32_t *refs, unsigned count, long rounds, const char *name) {
+static void measure_copy(int gntdev, const uint32_t *refs, unsigned count, const char *name) {
     static unsigned char buffer[MANY * PAGE] __attribute__((aligned(PAGE)));
     memset(buffer, 2, sizeof buffer);
-    struct watch copied = {0};
+    struct watch copied = new_watch();
     for (long round = 0; round < rounds; round++) {
         struct gntdev_grant_copy_segment segments[MANY];
         memset(segments, 0, sizeof segments);
@@ -162,23 +187,23 @@ static void measure_copy(int gntdev, const uint32_t *refs, unsigned count, long 
             }
         }
     }
-    tell(name, &copied, rounds);
+    tell(name, &copied, 1);
 }
 
 /* What a page costs whose grant is mapped already: the copy into it, as a read from the page cache makes it. */
-static void measure_persistent_hit(int gntdev, const uint32_t *refs, long rounds) {
+static void measure_persistent_hit(int gntdev, const uint32_t *refs) {
     static unsigned char buffer[MANY * PAGE] __attribute__((aligned(PAGE)));
     unsigned char *pages = map(gntdev, refs, MANY);
-    struct watch hit = {0};
+    struct watch hit = new_watch();
     for (long round = 0; round < rounds; round++) {
-        unsigned page = (unsigned)(round % MANY);
-        buffer[page * PAGE] = (unsigned char)round;
+        memset(buffer, (int)round, sizeof buffer);
         watch_start(&hit);
-        memcpy(pages + page * PAGE, buffer + page * PAGE, PAGE);
+        for (unsigned page = 0; page < MANY; page++)
+            memcpy(pages + page * PAGE, buffer + page * PAGE, PAGE);
         watch_stop(&hit);
     }
     unmap(gntdev, pages, MANY);
-    tell("hit", &hit, rounds);
+    tell("hit", &hit, MANY);
 }
 
 static void wait_pending(int fd) {
@@ -189,7 +214,7 @@ static void wait_pending(int fd) {
     }
 }
 
-static void measure_events(long rounds) {
+static void measure_events(void) {
     int ours = open_device("/dev/xen/evtchn"), theirs = open_device("/dev/xen/evtchn");
     struct ioctl_evtchn_bind_unbound_port offer = {.remote_domain = DOMID};
     int port = ioctl(ours, IOCTL_EVTCHN_BIND_UNBOUND_PORT, &offer);
@@ -200,11 +225,9 @@ static void measure_events(long rounds) {
     if (remote < 0)
         fail("binding a port");
 
-    struct watch notified = {0}, read_port = {0}, unmasked = {0};
+    struct watch notified = new_watch(), read_port = new_watch(), unmasked = new_watch();
     struct ioctl_evtchn_notify notify = {.port = (unsigned)remote};
-    for (long round = -1; round < rounds; round++) { /* the first is for an event that came with binding */
-        if (round == 0)
-            notified = read_port = unmasked = (struct watch){0};
+    for (long round = 0; round < rounds; round++) {
         uint32_t pending;
         watch_start(&notified);
         int result = ioctl(theirs, IOCTL_EVTCHN_NOTIFY, &notify);
@@ -223,15 +246,15 @@ static void measure_events(long rounds) {
         if (put != sizeof pending)
             fail("unmasking");
     }
-    tell("notify", &notified, rounds);
-    tell("read-port", &read_port, rounds);
-    tell("unmask", &unmasked, rounds);
+    tell("notify", &notified, 1);
+    tell("read-port", &read_port, 1);
+    tell("unmask", &unmasked, 1);
     close(theirs);
     close(ours);
 }
 
 int main(int count, char **words) {
-    long rounds = count == 2 ? strtol(words[1], NULL, 10) : 0;
+    rounds = count == 2 ? strtol(words[1], NULL, 10) : 0;
     if (rounds < 1) {
         fprintf(stderr, "usage: micro ROUNDS\n");
         return 2;
@@ -239,12 +262,12 @@ int main(int count, char **words) {
     uint32_t refs[MANY];
     grant_pages(refs);
     int gntdev = open_device("/dev/xen/gntdev");
-    measure_clock(rounds);
-    measure_map(gntdev, refs, 1, rounds, "map-1", "unmap-1");
-    measure_map(gntdev, refs, MANY, rounds, "map-32", "unmap-32");
-    measure_copy(gntdev, refs, 1, rounds, "copy-1");
-    measure_copy(gntdev, refs, MANY, rounds, "copy-32");
-    measure_persistent_hit(gntdev, refs, rounds);
-    measure_events(rounds);
+    measure_clock();
+    measure_map(gntdev, refs, 1, "map-1", "unmap-1");
+    measure_map(gntdev, refs, MANY, "map-32", "unmap-32");
+    measure_copy(gntdev, refs, 1, "copy-1");
+    measure_copy(gntdev, refs, MANY, "copy-32");
+    measure_persistent_hit(gntdev, refs);
+    measure_events();
     return 0;
 }
