@@ -18,7 +18,7 @@ from harness.guest import RunFailed
 from harness.parts import Session
 from harness.publish import XEN, publish
 from harness.report import Report, Section
-from harness.xen import XenPart, XenPythonPart
+from harness.xen import NATIVE, PYTHON
 from harness.xen_host import XenHost
 from harness.xen_sections import profiles, services
 from rich.console import Console
@@ -110,14 +110,15 @@ def _measure(arguments: argparse.Namespace, console: Console) -> Report:
 def _sessions(
     arguments: argparse.Namespace, host: XenHost, console: Console
 ) -> tuple[list[Session], list[Section]]:
-    parts = [XenPart(host, arguments.repeat, arguments.seconds)]
+    plan = [(kind, arguments.repeat) for kind in NATIVE]
     if arguments.python_repeat:
-        parts.append(XenPythonPart(host, arguments.python_repeat, arguments.seconds))
+        plan += [(kind, arguments.python_repeat) for kind in PYTHON]
     sessions = []
-    for part in parts:
+    for kind, repeat in plan:
+        part = kind(host, repeat, arguments.seconds)
         workloads = [workload for workload in part.workloads() if arguments.only in workload.name]
         sessions.append(Session(part, workloads, part.backends))
-    if not sessions[0].runs:
+    if not any(session.runs for session in sessions):
         raise ValueError("no workload is of that name")
     columns = (
         BarColumn(),
@@ -125,16 +126,16 @@ def _sessions(
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
-    sections: list[Section] = []
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=sum(session.runs for session in sessions))
-        for session in sessions:
+        for session in sessions[: len(NATIVE)]:
             session.run(progress, task)
-            if session is sessions[0]:  # while the threads in C serve
-                progress.update(task, description="dom0 itself")
-                sections.append(services(host, arguments.repeat))
-                if arguments.profile:
-                    sections += profiles(host, arguments.profile_seconds)
+        progress.update(task, description="dom0 itself")
+        sections = [services(host, arguments.repeat)]
+        if arguments.profile:
+            sections += profiles(host, arguments.profile_seconds)
+        for session in sessions[len(NATIVE) :]:
+            session.run(progress, task)
     return sessions, sections
 
 

@@ -16,9 +16,9 @@ from harness.xen_host import XenHost
 QDISK, BLKBACK = "qdisk", "blkback"
 _DISKS = {QDISK: ("xvda",), BLKBACK: ("xvdb", "xvdc"), XBD: ("xvdd", "xvde")}
 _DISKS[XBD_PYTHON] = _DISKS[XBD]
-"""The guest's: the file through dom0's page cache, and the one past it.  QEMU's backend has none of
-these: with xl's option for it (direct-io-safe) it wants Linux's asynchronous I/O (aio=native), which
-Debian's build for Xen does not have."""
+"""The guest's: the file through dom0's page cache, and the one past it.  qdisk has no such one:
+xl's option for it (direct-io-safe) makes it want Linux's asynchronous I/O (aio=native), which
+Debian's QEMU for Xen is built without."""
 _IDLE_SECONDS = 5
 
 
@@ -40,15 +40,19 @@ def has(backend: str, workload: Workload) -> bool:
     return workload.through_cache or len(_DISKS[backend]) > 1
 
 
-def _targets() -> Iterator[Target]:
-    for workload in WORKLOADS:
-        for peer, rate, cpu in ((QDISK, 1.5, 0.5), (BLKBACK, 0.9, 1.5)):
-            if has(peer, workload):
-                yield Target("IOPS, MiB/s", workload, iops, AT_LEAST, rate, XBD, peer)
-                yield Target("dom0 CPU", workload, backend_cpu, AT_MOST, cpu, XBD, peer)
-
-
-_TARGETS = tuple(_targets())
+def _targets(*, through_cache: bool) -> tuple[Target, ...]:
+    """What is to be reached beside each of the others."""
+    return tuple(
+        Target(what, workload, metric, relation, limit, XBD, peer)
+        for workload in WORKLOADS
+        if workload.through_cache == through_cache
+        for peer, rate, cpu in ((QDISK, 1.5, 0.5), (BLKBACK, 0.9, 1.5))
+        if has(peer, workload)
+        for what, metric, relation, limit in (
+            ("IOPS, MiB/s", iops, AT_LEAST, rate),
+            ("dom0 CPU", backend_cpu, AT_MOST, cpu),
+        )
+    )
 
 
 def fio(backend: str, workload: Workload, seconds: float) -> dict[str, str | int]:
@@ -63,15 +67,15 @@ def fio(backend: str, workload: Workload, seconds: float) -> dict[str, str | int
     }
 
 
-class XenPart(Part):
-    """The data path in C."""
+class CachedPart(Part):
+    """The threads in C, a file through dom0's page cache."""
 
-    title = "Disks of a Linux guest"
+    title = "A guest's disks through dom0's page cache"
     backends: Sequence[str] = (QDISK, XBD, BLKBACK)
     peer = QDISK
-    targets: Sequence[Target] = _TARGETS
+    targets: Sequence[Target] = _targets(through_cache=True)
     cpu_of = "dom0's"
-    _xbd = XBD
+    through_cache = True
 
     def __init__(self, host: XenHost, repeat: int, seconds: float) -> None:
         self._host = host
@@ -84,18 +88,16 @@ class XenPart(Part):
         return self._repeat
 
     def workloads(self) -> Sequence[Workload]:
-        return WORKLOADS
-
-    def has(self, backend: str, workload: Workload) -> bool:
-        return has(backend, workload)
+        return [workload for workload in WORKLOADS if workload.through_cache == self.through_cache]
 
     @contextmanager
     def running(self, backends: Sequence[str]) -> Iterator[None]:
-        self._host.order("serve", datapath=DATAPATHS[self._xbd])
-        for backend in backends:  # once, not counted: grants become persistent, files are opened
-            for workload in WORKLOADS:
-                if workload.block == MIB and has(backend, workload):
-                    self._host.order("run", **fio(backend, workload, 1))
+        for name in backends:
+            if name in DATAPATHS:
+                self._host.order("serve", datapath=DATAPATHS[name])
+            for workload in self.workloads():
+                if workload.block == MIB:  # not counted: grants become persistent
+                    self._host.order("run", **fio(name, workload, 1))
         self._idle = self._host.order("idle", _IDLE_SECONDS, seconds=_IDLE_SECONDS)
         yield
 
@@ -117,10 +119,31 @@ class XenPart(Part):
         return used
 
 
-class XenPythonPart(XenPart):
+class DirectPart(CachedPart):
+    """The threads in C, a file with O_DIRECT."""
+
+    title = "A guest's disks past dom0's page cache"
+    backends = (BLKBACK, XBD)
+    peer = BLKBACK
+    targets = _targets(through_cache=False)
+    through_cache = False
+
+
+class CachedPythonPart(CachedPart):
     """The data path in Python, for the record."""
 
-    title = "Disks of a Linux guest, the data path in Python"
+    title = f"{CachedPart.title}, the data path in Python"
     backends = (QDISK, XBD_PYTHON, BLKBACK)
-    targets = for_the_record(_TARGETS, XBD_PYTHON)
-    _xbd = XBD_PYTHON
+    targets = for_the_record(CachedPart.targets, XBD_PYTHON)
+
+
+class DirectPythonPart(DirectPart):
+    """The data path in Python, for the record."""
+
+    title = f"{DirectPart.title}, the data path in Python"
+    backends = (BLKBACK, XBD_PYTHON)
+    targets = for_the_record(DirectPart.targets, XBD_PYTHON)
+
+
+NATIVE: tuple[type[CachedPart], ...] = (CachedPart, DirectPart)
+PYTHON: tuple[type[CachedPart], ...] = (CachedPythonPart, DirectPythonPart)

@@ -121,6 +121,7 @@ class Agent:
 
     def __init__(self, domid: int) -> None:
         self._domid = domid
+        self._datapath = ""
         self._accounts = Accounts()
         self._console = GuestConsole(domid)
         self._console.wait_for(("READY",), _GUEST_START_S)
@@ -140,12 +141,15 @@ class Agent:
 
     def serve(self, datapath: str) -> dict[str, Any]:
         """Give the guest xbd's disks, with this data path."""
+        if datapath == self._datapath:
+            return {}
         done = subprocess.run(
             ["sh", HERE / "serve", datapath], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         if done.returncode:
             lines = done.stdout.decode(errors="replace").strip().splitlines()
             raise Refused(" / ".join(lines[-3:]) or "serving failed")
+        self._datapath = datapath
         return {}
 
     def idle(self, seconds: float) -> dict[str, Any]:
