@@ -10,6 +10,7 @@ It ends with 0 unless something could not be run; a missed target is a result.
 from __future__ import annotations
 
 import argparse
+import signal
 import time
 from pathlib import Path
 
@@ -35,6 +36,7 @@ _PLAIN_WIDTH = 150
 def main() -> int:
     """Run everything; the exit status."""
     arguments = _arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the lab must not be left running
     console = Console(width=None if Console().is_terminal else _PLAIN_WIDTH)
     try:
         if arguments.publish:
@@ -45,6 +47,8 @@ def main() -> int:
     except (RunFailed, ValueError, OSError) as error:
         console.print(f"[bold red]bench:[/] {error}", highlight=False)
         return 1
+    except KeyboardInterrupt:
+        return 130
     report.show(console)
     paths = report.save(RESULTS, time.strftime(f"{XEN.prefix}%Y%m%d-%H%M%S"))
     console.print(f"Written to {' and '.join(str(path) for path in paths)}")

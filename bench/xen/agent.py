@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import time
-import tty
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,8 +84,8 @@ class GuestConsole:
         terminal = subprocess.run(
             ["xenstore-read", path], check=True, capture_output=True, text=True
         )
+        # Raw already: xenconsoled has opened it, too.
         self._fd = os.open(terminal.stdout.strip(), os.O_RDWR | os.O_NOCTTY)
-        tty.setraw(self._fd)
         self._received = b""
 
     def say(self, line: str) -> None:
