@@ -121,8 +121,9 @@ def _sessions(
     for kind, repeat in plan:
         part = kind(host, repeat, arguments.seconds)
         workloads = [workload for workload in part.workloads() if arguments.only in workload.name]
-        sessions.append(Session(part, workloads, part.backends))
-    if not any(session.runs for session in sessions):
+        if workloads:
+            sessions.append(Session(part, workloads, part.backends))
+    if not sessions:
         raise ValueError("no workload is of that name")
     columns = (
         BarColumn(),
@@ -130,16 +131,19 @@ def _sessions(
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
+    sections: list[Section] = []
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=sum(session.runs for session in sessions))
-        for session in sessions[: len(NATIVE)]:
-            session.run(progress, task)
-        progress.update(task, description="dom0 itself")
-        sections = [services(host, arguments.repeat)]
-        if arguments.profile:
-            sections += profiles(host, arguments.profile_seconds)
-        for session in sessions[len(NATIVE) :]:
-            session.run(progress, task)
+        for session in sessions:
+            try:
+                session.run(progress, task)
+                if session is sessions[0]:  # while the threads in C serve
+                    progress.update(task, description="dom0 itself")
+                    sections.append(services(host, arguments.repeat))
+                    if arguments.profile:
+                        sections.extend(profiles(host, arguments.profile_seconds))
+            except RunFailed as error:  # what has been measured is told
+                session.failures.append(f"{session.part.title}: {error}")
     return sessions, sections
 
 
