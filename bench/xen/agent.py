@@ -98,7 +98,7 @@ class GuestConsole:
             while b"\n" in self._received:
                 line, _, self._received = self._received.partition(b"\n")
                 text = line.decode(errors="replace").strip()
-                if text.startswith(words):
+                if f"{text} ".startswith(tuple(f"{start} " for start in words)):
                     return text
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([self._fd], [], [], left)[0]:
@@ -121,6 +121,7 @@ class Agent:
     def __init__(self, domid: int) -> None:
         self._domid = domid
         self._datapath = ""
+        self._runs = 0
         self._accounts = Accounts()
         self._console = GuestConsole(domid)
         self._console.wait_for(("READY",), _GUEST_START_S)
@@ -161,17 +162,12 @@ class Agent:
 
     def run(self, disk: str, rw: str, block: int, depth: int, seconds: int) -> dict[str, Any]:
         """One run of fio in the guest."""
-
+        self._runs += 1
         os.sync()  # what is written behind another run is no part of this one
-
-        def work() -> None:
-            self._console.say(f"{disk} {rw} {block} {depth} {seconds}")
-            self._console.wait_for(("END",), seconds + _SLACK_S)
-
-        account = self._account(work)
-        word, _, rest = self._console.wait_for(("DONE", "FAILED"), _SLACK_S).partition(" ")
-        if word == "FAILED":
-            raise Refused(rest)
+        self._console.say(f"{self._runs} {disk} {rw} {block} {depth} {seconds}")
+        self._await("BEGIN", _SLACK_S)
+        account = self._account(lambda: self._await("END", seconds + _SLACK_S))
+        rest = self._await("DONE", _SLACK_S)
         kib, milliseconds, p50, p99 = map(float, rest.split())
         if not kib or not milliseconds:
             raise Refused("fio did nothing")
@@ -186,6 +182,15 @@ class Agent:
             "dom0_cpu_us": account.dom0_ns / 1000,
             "guest_cpu_us": account.guest_ns / 1000,
         }
+
+    def _await(self, word: str, seconds: float) -> str:
+        """Wait until the guest's job says this of the present run; what follows."""
+        words = (f"{word} {self._runs}", f"FAILED {self._runs}")
+        said, _, rest = self._console.wait_for(words, seconds).partition(" ")
+        rest = rest.partition(" ")[2]
+        if said == "FAILED":
+            raise Refused(rest)
+        return rest
 
     def micro(self, rounds: int) -> dict[str, Any]:
         """What the hypervisor's services cost: nanoseconds by name."""
@@ -222,7 +227,7 @@ class Agent:
             tracer.wait()
         return {"run": figures, "calls": profiling.strace_counts(out.read_text())}
 
-    def _account(self, work: Callable[[], None]) -> Account:
+    def _account(self, work: Callable[[], object]) -> Account:
         before, began = self._accounts.cpu_ns(0, self._domid), time.monotonic()
         work()
         after, ended = self._accounts.cpu_ns(0, self._domid), time.monotonic()
