@@ -62,12 +62,12 @@ def _threads(workload: Workload, told: dict[str, Any]) -> Section:
     rows = []
     for backend, profile in told.items():
         requests = profile["run"]["requests"]
-        rest = profile["run"]["dom0_cpu_us"] / requests
+        rest = whole = profile["run"]["dom0_cpu_us"] / requests
         rows.append([backend, f"dom0 ({profile['run']['iops']:,.0f} IOPS)", f"{rest:.0f}", "", ""])
         for thread in profile["threads"]:
             cpu = thread["cpu_ms"] * 1000 / requests
             rest -= cpu
-            if cpu >= 1:
+            if cpu >= whole / 50:
                 ticks = max(thread["user_ms"] + thread["kernel_ms"], 1)
                 shares = [f"{thread[mode] / ticks:.0%}" for mode in ("user_ms", "kernel_ms")]
                 rows.append([backend, thread["thread"], f"{cpu:.0f}", *shares])
