@@ -68,7 +68,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="only workloads whose name contains this")
     parser.add_argument("--size", type=int, default=128, help="MiB of a file (%(default)s)")
     parser.add_argument(
-        "--profile", action="store_true", help="tell as well where dom0's time goes in random reads"
+        "--profile",
+        action="store_true",
+        help="tell where dom0's time goes: at depth 32, or in what --only names",
     )
     parser.add_argument(
         "--profile-seconds", type=int, default=10, help="per run of that (%(default)s)"
@@ -141,7 +143,7 @@ def _sessions(
                     progress.update(task, description="dom0 itself")
                     sections.append(services(host, arguments.repeat))
                     if arguments.profile:
-                        sections.extend(profiles(host, arguments.profile_seconds))
+                        sections.extend(profiles(host, arguments.profile_seconds, arguments.only))
             except RunFailed as error:  # what has been measured is told
                 session.failures.append(f"{session.part.title}: {error}")
     return sessions, sections

@@ -26,7 +26,6 @@ _SERVICES = {
     "read-port": "event channel: read the pending port",
     "unmask": "event channel: unmask",
 }
-_PROFILED = tuple(workload for workload in WORKLOADS if workload.depth == 32 and not workload.write)
 _TRACED_SECONDS = 4
 
 
@@ -42,10 +41,15 @@ def services(host: XenHost, repeat: int) -> Section:
     return Section("The hypervisor's services", columns, rows, runs)
 
 
-def profiles(host: XenHost, seconds: int) -> Iterator[Section]:
-    """Where dom0's time goes in random reads, and what xbd's threads call.  xbd must be serving.
-    Raises `RunFailed`."""
-    for workload in _PROFILED:
+def profiles(host: XenHost, seconds: int, only: str) -> Iterator[Section]:
+    """Where dom0's time goes in workloads whose name contains `only`, "" for some, and what xbd's
+    threads call.  xbd must be serving.  Raises `RunFailed`."""
+    profiled = [
+        workload
+        for workload in WORKLOADS
+        if (only in workload.name if only else workload.depth == 32)
+    ]
+    for workload in profiled:
         told = {
             backend: host.order("profile", seconds, run=fio(backend, workload, seconds))
             for backend in (QDISK, XBD, BLKBACK)
@@ -53,7 +57,7 @@ def profiles(host: XenHost, seconds: int) -> Iterator[Section]:
         }
         yield _threads(workload, told)
         yield _kernel(workload, told)
-    for workload in _PROFILED:
+    for workload in profiled:
         run = fio(XBD, workload, _TRACED_SECONDS)
         yield _calls(workload, host.order("system_calls", _TRACED_SECONDS, run=run))
 
