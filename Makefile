@@ -7,6 +7,7 @@
 # make fuzz         random hostile guests, then images, then the C by itself, a minute each  FUZZ_ARGS="--seconds 3600 --seed 7"
 # make crash        qcow2 disks that crash and are killed, for a minute  CRASH_ARGS="--seconds 3600 --seed 7"
 # make bench        measurements beside QEMU's         BENCH_ARGS="..." (see bench/README.md)
+# make bench-xen    measurements on a real Xen, emulated, beside qdisk and blkback  BENCH_ARGS="--repeat 5 --profile"
 # make clean        remove what these have made, .venv too
 #
 # All but test-native make .venv first, with PYTHON (python3), and again when pyproject.toml or the C has changed.
@@ -30,9 +31,9 @@ CRASH_ARGS ?= --seconds 60
 NATIVE_ARGS ?=
 SHELL_SCRIPTS := .ci/run scripts/block-xbd bench/newest-qemu tests/xen/lab tests/xen/image/build.sh tests/xen/image/dom0-init \
 	tests/xen/image/dom0-initramfs-init tests/xen/image/guest-init tests/xen/dom0/main tests/xen/dom0/case \
-	tests/xen/dom0/lib.sh tests/xen/dom0/block-lab
+	tests/xen/dom0/lib.sh tests/xen/dom0/block-lab bench/xen/main bench/xen/serve bench/xen/guest-job
 
-.PHONY: run test test-slow test-native lint test-xen fuzz crash bench clean
+.PHONY: run test test-slow test-native lint test-xen fuzz crash bench bench-xen clean
 
 run: $(STAMP)
 	@$(BIN)/xbd demo
@@ -81,6 +82,12 @@ bench: $(BENCH_STAMP)
 	@command -v gcc >/dev/null || { echo "make: the measurements need a C compiler, from Debian: apt-get install gcc libc6-dev" >&2; exit 1; }
 	qemu=$$(bench/newest-qemu) || echo "make: QEMU is measured as it is installed" >&2
 	$(BIN)/python bench/run.py $${qemu:+--qemu "$$qemu"} $(BENCH_ARGS)
+
+bench-xen: $(STAMP)
+	@command -v gcc >/dev/null || { echo "make: the measurements need a C compiler, from Debian: apt-get install gcc libc6-dev" >&2; exit 1; }
+	missing=$$(tests/xen/lab needs | xargs)
+	[ -z "$$missing" ] || { echo "make: the lab needs, from Debian: apt-get install --no-install-recommends $$missing" >&2; exit 1; }
+	$(BIN)/python bench/run_xen.py $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -59,9 +59,16 @@ class Part(ABC):
     targets: Sequence[Target]
     columns: Sequence[Column] = ()
     """None: the usual ones."""
+    cpu_of = "the backend's process"
+    """Whose time the columns and targets about CPU tell."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+
+    @property
+    def repeat(self) -> int:
+        """How often everything is measured."""
+        return self.settings.repeat
 
     @abstractmethod
     def workloads(self) -> Sequence[Workload]:
@@ -94,7 +101,7 @@ class Session:
     @property
     def runs(self) -> int:
         pairs = [(b, w) for b in self.backends for w in self.workloads if self.part.has(b, w)]
-        return len(pairs) * self.part.settings.repeat
+        return len(pairs) * self.part.repeat
 
     def run(self, progress: Progress, task: TaskID) -> None:
         """Fill `results` and `failures`."""
@@ -105,7 +112,7 @@ class Session:
                 names = [name for name in self.backends if self.part.has(name, workload)]
                 by_name: dict[str, list[Figures | None]] = {name: [] for name in names}
                 self.results[workload] = by_name
-                for repetition in range(self.part.settings.repeat):
+                for repetition in range(self.part.repeat):
                     first = repetition % max(len(names), 1)
                     for name in [*names[first:], *names[:first]]:  # each begins as often
                         progress.update(task, description=f"{workload.name}: {name}")

@@ -35,6 +35,17 @@ _COLUMNS = ("IOPS", "MiB/s", "CPU µs", "both µs", "p50 µs", "p99 µs", "x IOP
 _TARGET_COLUMNS = ("workload", "backend", "figure", "target", "measured", "plain C", "")
 
 
+@dataclass(frozen=True)
+class Section:
+    """A table of something that has no workloads and backends."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    data: Any
+    """The same and more, for JSON."""
+
+
 @dataclass
 class Report:
     """Everything about one call of the program."""
@@ -42,6 +53,8 @@ class Report:
     environment: dict[str, str]
     settings: dict[str, Any]
     sessions: Sequence[Session]
+    title: str = "Benchmark"
+    sections: Sequence[Section] = ()
 
     @property
     def failures(self) -> list[str]:
@@ -56,11 +69,19 @@ class Report:
             console.rule(session.part.title, align="left")
             for workload in session.results:
                 console.print(self._table(session, workload))
+        whose = " or ".join(dict.fromkeys(session.part.cpu_of for session in self.sessions))
         console.print(
-            "CPU: the backend's process per operation; both: with the guest's; "
+            f"CPU: {whose}, per operation; both: with the guest's; "
             "x: divided by the first one's, in pairs."
         )
         self._show_targets(console)
+        for section in self.sections:
+            table = Table(title=section.title)
+            for column in section.columns:
+                table.add_column(column)
+            for row in section.rows:
+                table.add_row(*row)
+            console.print(table)
         for failure in self.failures:
             console.print(f"[bold red]FAILED[/] {failure}", highlight=False)
 
@@ -84,11 +105,11 @@ class Report:
 
     def _show_targets(self, console: Console) -> None:
         table = Table(title="Targets")
-        for column in _TARGET_COLUMNS:
+        columns, rows = self._target_table()
+        for column in columns:
             table.add_column(column)
-        for row in self._measured():
-            colour = {"PASS": "green", "MISS": "yellow"}.get(row["verdict"], "dim")
-            *cells, verdict = row.values()
+        for *cells, verdict in rows:
+            colour = {"PASS": "green", "MISS": "yellow"}.get(verdict, "dim")
             table.add_row(*cells, f"[{colour}]{verdict}[/]")
         console.print(table)
         missing = len(self.verdicts()) - len(self._measured())
@@ -97,6 +118,17 @@ class Report:
 
     def _measured(self) -> list[dict[str, str]]:
         return [row for row in self.verdicts() if row["measured"]]
+
+    def _target_table(self) -> tuple[Sequence[str], list[list[str]]]:
+        """Titles and rows, without columns in which nothing is."""
+        rows = [list(row.values()) for row in self._measured()]
+        shown = [
+            index
+            for index, title in enumerate(_TARGET_COLUMNS)
+            if not title or any(row[index] for row in rows)
+        ]
+        titles = [_TARGET_COLUMNS[index] for index in shown]
+        return titles, [[row[index] for index in shown] for row in rows]
 
     def verdicts(self) -> list[dict[str, str]]:
         """One row per target."""
@@ -122,6 +154,7 @@ class Report:
             "settings": self.settings,
             "targets": self.verdicts(),
             "failures": self.failures,
+            "sections": [asdict(section) for section in self.sections],
             "parts": [
                 {
                     "title": session.part.title,
@@ -142,17 +175,12 @@ class Report:
         }
 
     def _markdown(self) -> str:
-        lines = ["# Benchmark", ""]
+        lines = [f"# {self.title}", ""]
         lines += [f"- {key}: {value}" for key, value in self.environment.items()]
         lines += [f"- {key}: {value}" for key, value in self.settings.items()]
-        lines += [
-            "",
-            "## Targets",
-            "",
-            f"| {' | '.join(_TARGET_COLUMNS)} |",
-            "|" + "---|" * len(_TARGET_COLUMNS),
-        ]
-        lines += [f"| {' | '.join(row.values())} |" for row in self._measured()]
+        lines += _markdown_table("Targets", *self._target_table())
+        for section in self.sections:
+            lines += _markdown_table(section.title, section.columns, section.rows)
         for session in self.sessions:
             lines += ["", f"## {session.part.title}"]
             for workload, names in session.results.items():
@@ -166,6 +194,11 @@ class Report:
             lines += ["", "## Failures", ""]
             lines += [f"- {failure.replace(chr(10), ' / ')}" for failure in self.failures]
         return "\n".join(lines) + "\n"
+
+
+def _markdown_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["", f"## {title}", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
 
 
 def _columns(session: Session) -> Sequence[str]:

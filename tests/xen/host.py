@@ -116,16 +116,22 @@ def image_root(suite: str) -> Path:
 
 @contextmanager
 def booted(
-    suite: str, share: Path, disks: Sequence[Path], console: Path, seconds: int
+    suite: str,
+    share: Path,
+    disks: Sequence[Path],
+    console: Path,
+    seconds: int,
+    linux_options: Sequence[str] = (),
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """The lab, running: `share` is dom0's /host, with `main` in it, and `disks` are its /dev/vdb
-    and so on.  It is down when this ends."""
+    """The lab, running: `share` is dom0's /host, with `main` in it, `disks` are its /dev/vdb and
+    so on, `linux_options` are more of its kernel's.  It is down when this ends."""
     with console.open("wb") as output:
         lab = subprocess.Popen(
             [HERE / "lab", "boot", suite, share, str(seconds)],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"DISKS": " ".join(map(str, disks))},
+            env=os.environ
+            | {"DISKS": " ".join(map(str, disks)), "LAB_LINUX_OPTIONS": " ".join(linux_options)},
         )
     try:
         yield lab
