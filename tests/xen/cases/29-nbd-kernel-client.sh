@@ -16,6 +16,7 @@ sync
 written=$(md5 /mnt/file)
 filled=$(stat -c %b disk.qcow2)
 rm /mnt/other
+sync                                                # what is freed can be trimmed once the journal has it
 fstrim /mnt
 umount /mnt
 freed=$(((filled - $(stat -c %b disk.qcow2)) / 2048))
