@@ -12,6 +12,7 @@ import attrs
 import pytest
 import trio
 from sample_packages import CHUNKS, install
+from stevedore.extension import ExtensionManager
 
 from xbd.core.driver import DiskSpec, open_disk
 from xbd.core.driver.registry import load_driver
@@ -113,6 +114,7 @@ def chunks(rig_maker, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path / "packages")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delitem(sys.modules, "xbd_driver_chunks", raising=False)
+    monkeypatch.setattr(ExtensionManager, "ENTRY_POINT_CACHE", {})  # from tests before this one
     load_driver.cache_clear()
     directory = tmp_path / "disk"
     directory.mkdir()
