@@ -27,7 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "xbd.core.hypervisor": {"xbd.core.hostio"},
     "xbd.core.xenstore": {"xbd.core.hostio"},
     "xbd.core.driver": {"xbd.core.hostio"},
-    "xbd.core.control": set(),
+    "xbd.core.control": {"xbd.core.hostio"},
     "xbd.core.datapath": FRONTEND | {"xbd.core.driver"},
     "xbd.core.nbd": DRIVER_API,
     "xbd.core.frontend": FRONTEND,

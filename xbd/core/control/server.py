@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import socket
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -21,22 +18,17 @@ from xbd.core.control.protocol import (
     encode_error,
     encode_result,
 )
-from xbd.core.errors import ConfigError, XbdError
+from xbd.core.errors import XbdError
+from xbd.core.hostio import listen as unix_socket
+from xbd.core.hostio.listen import SocketUnavailable
 
 Handler = Callable[[dict[str, Any]], Awaitable[Any]]
 """Takes a request's arguments, returns what JSON can carry; an `XbdError` becomes the answer."""
 
 _MAX_CLIENTS: Final = 16
 _IDLE_SECONDS: Final = 60.0
-_BACKLOG: Final = 16
 
 log = structlog.get_logger(__name__)
-
-
-class SocketUnavailable(ConfigError):
-    """The control socket can't be made."""
-
-    exit_code = 1
 
 
 def listen(path: Path) -> trio.SocketListener:
@@ -44,39 +36,13 @@ def listen(path: Path) -> trio.SocketListener:
 
     Raises `SocketUnavailable` with one line.
     """
+    what = "control socket "
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(path)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            before = os.umask(0o177)
-            try:
-                sock.bind(str(path))
-            finally:
-                os.umask(before)
-            sock.listen(_BACKLOG)
-        except OSError:
-            sock.close()
-            raise
     except OSError as error:
-        what = "the path is too long" if error.errno is None else error.strerror
-        raise SocketUnavailable(f"cannot listen on control socket {path}: {what}") from None
+        raise SocketUnavailable(f"cannot listen on {what}{path}: {error.strerror}") from None
+    sock = unix_socket.listen(path, what=what, other="daemon")
     return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
-
-
-def _remove_stale(path: Path) -> None:
-    if not path.is_socket():
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
-        except BlockingIOError:
-            raise OSError(errno.EADDRINUSE, "another daemon is using it") from None
-        else:
-            raise OSError(errno.EADDRINUSE, "another daemon is using it")
 
 
 async def serve(

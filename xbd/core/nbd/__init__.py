@@ -5,9 +5,9 @@ The protocol's document is doc/proto.md of https://github.com/NetworkBlockDevice
 ``server = await nursery.start(serve_nbd, access, path)`` serves a disk until ``server.stop()``.
 """
 
+from xbd.core.hostio.listen import SocketUnavailable, listening
 from xbd.core.nbd.export import Export
 from xbd.core.nbd.limits import Limits
-from xbd.core.nbd.listen import SocketUnavailable, listening
 from xbd.core.nbd.server import NbdServer, serve_nbd
 
 __all__ = ["Export", "Limits", "NbdServer", "SocketUnavailable", "listening", "serve_nbd"]

@@ -14,6 +14,7 @@ import trio
 
 from xbd.core.driver import DeviceAccess
 from xbd.core.errors import DriverError
+from xbd.core.hostio.listen import listening
 from xbd.core.nbd.buffers import BufferPool
 from xbd.core.nbd.connection import Connection
 from xbd.core.nbd.direct import DirectIo
@@ -21,7 +22,6 @@ from xbd.core.nbd.engine import make_engine
 from xbd.core.nbd.errors import BadClient
 from xbd.core.nbd.export import Export
 from xbd.core.nbd.limits import Budget, Limits, Share
-from xbd.core.nbd.listen import listening
 from xbd.core.nbd.negotiation import Agreed, Negotiation
 from xbd.core.nbd.poller import Poller
 from xbd.core.ratelimit import RateLimit

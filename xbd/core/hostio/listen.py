@@ -1,4 +1,4 @@
-"""A listening UNIX socket in the filesystem."""
+"""Listening UNIX sockets in the filesystem."""
 
 from __future__ import annotations
 
@@ -22,33 +22,41 @@ class SocketUnavailable(ConfigError):
     exit_code = 1
 
 
-@contextmanager
-def listening(path: Path, mode: int = 0o600) -> Iterator[socket.socket]:
-    """A listening socket at `path`, which is removed at the end.
+def listen(
+    path: Path, mode: int = 0o600, *, what: str = "", other: str = "server"
+) -> socket.socket:
+    """A listening socket at `path`.  What a dead server left behind is replaced.
 
-    What a dead server left behind is replaced.  Raises `SocketUnavailable` with one line.
+    Raises `SocketUnavailable` with one line, which calls the socket `what` and whoever else uses
+    it another `other`.
     """
     try:
-        _remove_stale(path)
+        _remove_stale(path, other)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.setblocking(False)
             _bind(sock, path, mode)
-            ours = path.lstat()
             sock.listen(_BACKLOG)
         except OSError:
             sock.close()
             raise
     except OSError as error:
-        what = "the path is too long" if error.errno is None else error.strerror
-        raise SocketUnavailable(f"cannot listen on {shown(path)}: {what}") from None
-    try:
-        with sock:
+        why = "the path is too long" if error.errno is None else error.strerror
+        raise SocketUnavailable(f"cannot listen on {what}{shown(path)}: {why}") from None
+    return sock
+
+
+@contextmanager
+def listening(path: Path, mode: int = 0o600) -> Iterator[socket.socket]:
+    """As `listen`; the socket is closed and removed at the end."""
+    with listen(path, mode) as sock:
+        ours = path.lstat()
+        try:
             yield sock
-    finally:
-        with suppress(FileNotFoundError):
-            if os.path.samestat(path.lstat(), ours):  # not somebody else's by now
-                path.unlink()
+        finally:
+            with suppress(FileNotFoundError):
+                if os.path.samestat(path.lstat(), ours):  # not somebody else's by now
+                    path.unlink()
 
 
 def _bind(sock: socket.socket, path: Path, mode: int) -> None:
@@ -60,10 +68,11 @@ def _bind(sock: socket.socket, path: Path, mode: int) -> None:
         os.umask(before)
 
 
-def _remove_stale(path: Path) -> None:
+def _remove_stale(path: Path, other: str) -> None:
     """Raises OSError if somebody answers at `path`."""
     if not path.is_socket():
         return
+    taken = OSError(errno.EADDRINUSE, f"another {other} is using it")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
@@ -71,6 +80,6 @@ def _remove_stale(path: Path) -> None:
         except ConnectionRefusedError:
             path.unlink(missing_ok=True)
         except BlockingIOError:
-            raise OSError(errno.EADDRINUSE, "another server is using it") from None
+            raise taken from None
         else:
-            raise OSError(errno.EADDRINUSE, "another server is using it")
+            raise taken
