@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import ctypes
-import errno
 import mmap
 import os
 from collections import deque
@@ -21,8 +20,7 @@ import trio
 from xbd.core.datapath.extents import Piece
 from xbd.core.datapath.pages import Work
 from xbd.core.datapath.pages.base import WorkOwner
-from xbd.core.errors import DeviceBroken
-from xbd.core.hostio.uring import IoUring
+from xbd.core.hostio.uring import UNAVAILABLE, IoUring
 
 _log = structlog.get_logger()
 
@@ -30,7 +28,6 @@ URING_ENTRIES = 256
 MAX_SEGMENTS = 256
 """Segments of the longest request that an engine takes; longer ones are for the driver."""
 _IOVEC_BYTES = 16
-SUBMIT_ATTEMPTS = 10_000
 CLOSE_SECONDS = 30.0
 """How long a cancelled disk waits for the host's storage before it leaves its memory to it."""
 MAX_PIECES = 64
@@ -168,16 +165,8 @@ class UringEngine(IoEngine):
         return self._iovecs_address + first * 8, (at - first) // 2
 
     def kick(self) -> None:
-        self._submit()
+        self._uring.submit_all()
         self.reap()
-
-    def _submit(self) -> None:
-        """Hand the queue to the kernel, all of it: one short of memory is asked again."""
-        for _ in range(SUBMIT_ATTEMPTS):
-            self._uring.submit()
-            if not self._uring.queued:
-                return
-        raise DeviceBroken("the kernel takes no more I/O requests: it is out of memory")
 
     def reap(self) -> None:
         """Hand over what is finished; fill up with what waits."""
@@ -200,7 +189,7 @@ class UringEngine(IoEngine):
                 finished.append((owner, work, good))
             if self._waiting:
                 self._queue_waiting()
-                self._submit()
+                self._uring.submit_all()
             _hand_over(finished)
 
     async def run(self) -> None:
@@ -338,7 +327,7 @@ def make_engine() -> IoEngine:
     try:
         return UringEngine()
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EPERM, errno.ENOMEM, errno.EMFILE):
+        if error.errno not in UNAVAILABLE:
             raise
         _log.info("io_uring is not available, using threads", reason=os.strerror(error.errno or 0))
         return ThreadEngine()

@@ -23,7 +23,13 @@ import struct
 from collections.abc import Callable
 from typing import Any, Final
 
+from xbd.core.errors import DeviceBroken
+
 _LOG = logging.getLogger(__name__)
+
+UNAVAILABLE: Final = frozenset({errno.ENOSYS, errno.EPERM, errno.ENOMEM, errno.EMFILE})
+"""The errnos of an `IoUring` that can't be made here, or not now."""
+_SUBMIT_ATTEMPTS: Final = 10_000
 
 # The same on every architecture that Xen runs on.
 _NR_SETUP: Final = 425
@@ -276,6 +282,17 @@ class IoUring:
             self._submitted += taken
         self._set_limit()
         return self._submitted - before
+
+    def submit_all(self) -> None:
+        """`submit`, again while the kernel is short of memory.
+
+        Raises `DeviceBroken` if it stays so.
+        """
+        for _ in range(_SUBMIT_ATTEMPTS):
+            self.submit()
+            if not self.queued:
+                return
+        raise DeviceBroken("the kernel takes no more I/O requests: it is out of memory")
 
     def wait(self, count: int = 1) -> None:
         """Submit, then block this thread until `count` completions can be reaped (or all)."""

@@ -7,7 +7,6 @@ nor a thread hop per transfer.
 from __future__ import annotations
 
 import abc
-import errno
 import logging
 import os
 from collections import deque
@@ -17,15 +16,13 @@ from typing import Final, Protocol
 import attrs
 import trio
 
-from xbd.core.errors import DeviceBroken
-from xbd.core.hostio.uring import IoUring
+from xbd.core.hostio.uring import UNAVAILABLE, IoUring
 from xbd.core.nbd.buffers import Buffer
 from xbd.core.nbd.poller import READ, Poller
 
 _log = logging.getLogger(__name__)
 
 _ENTRIES: Final = 256
-_SUBMIT_ATTEMPTS: Final = 10_000
 _THREADS: Final = 4
 """Thread hops at a time where io_uring is missing."""
 CLOSE_SECONDS: Final = 30.0
@@ -104,15 +101,8 @@ class UringEngine(Engine):
         queue(fd, transfer.buffer.address, transfer.length, offset, tag)
 
     def kick(self) -> None:
-        self._submit()
+        self._uring.submit_all()
         self._reap()
-
-    def _submit(self) -> None:
-        for _ in range(_SUBMIT_ATTEMPTS):  # a kernel short of memory is asked again
-            self._uring.submit()
-            if not self._uring.queued:
-                return
-        raise DeviceBroken("the kernel takes no more I/O requests: it is out of memory")
 
     def _reap(self) -> None:
         while completions := self._uring.reap():
@@ -127,7 +117,7 @@ class UringEngine(Engine):
                 waiting, self._waiting = self._waiting, deque()
                 for entry in waiting:
                     self.start(*entry)
-                self._submit()
+                self._uring.submit_all()
             _hand_over(finished)
 
     async def run(self) -> None:
@@ -238,7 +228,7 @@ def make_engine(poller: Poller) -> Engine:
     try:
         return UringEngine(poller)
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EPERM, errno.ENOMEM, errno.EMFILE):
+        if error.errno not in UNAVAILABLE:
             raise
         _log.info("io_uring is not available, using threads: %s", error.strerror)
         return ThreadEngine(poller)
