@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import click
+from rich.console import Console
 
 from xbd.core.control import DEFAULT_SOCKET, SOCKET_NAME
 
+PIPE_WIDTH: Final = 1000
 _ANSWER_SECONDS: Final = 30.0
 _ORDER_SECONDS: Final = 600.0
 """Large disks take some seconds; on a busy host it can be more."""
@@ -32,6 +35,11 @@ def daemon_options(command: _Command) -> _Command:
         help="Ask the daemon of the embedded host in DIR.",
     )
     return socket(embedded(command))
+
+
+def console_of_output() -> Console:
+    """For standard output.  A pipe has no width: nothing is folded there."""
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 def ask_daemon(socket: Path | None, embedded: Path | None, command: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,9 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from xbd.cli.asking import ask_daemon, daemon_options
+from xbd.cli.asking import PIPE_WIDTH, ask_daemon, console_of_output, daemon_options
 
 _NOTHING = "-"
-_PIPE_WIDTH = 1000
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -30,9 +28,7 @@ def list_(socket: Path | None, embedded: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(devices, indent=2))
     elif devices:
-        # A pipe has no width: nothing is folded there.
-        console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
-        print_devices(console, devices)
+        print_devices(console_of_output(), devices)
     else:
         click.echo("No disks.")
 
@@ -44,7 +40,7 @@ def print_devices(console: Console, devices: Sequence[dict[str, Any]]) -> None:
     """
     everything = range(len(_COLUMNS))
     table = device_table(devices, everything)
-    unbounded = console.options.update(max_width=_PIPE_WIDTH)
+    unbounded = console.options.update(max_width=PIPE_WIDTH)
     if Measurement.get(console, unbounded, table).maximum <= console.width:
         console.print(table)
         return

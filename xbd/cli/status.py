@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from xbd.cli.asking import ask_daemon, daemon_options
+from xbd.cli.asking import ask_daemon, console_of_output, daemon_options
 
 
 @click.command("status")
@@ -28,8 +26,7 @@ def status(socket: Path | None, embedded: Path | None, as_json: bool) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, text in _lines(told):
         table.add_row(Text(name, style="bold"), Text(text, overflow="fold"))
-    # A pipe has no width: nothing is folded there.
-    Console(width=None if sys.stdout.isatty() else 1000).print(table)
+    console_of_output().print(table)
 
 
 def _lines(told: dict[str, Any]) -> list[tuple[str, str]]:
