@@ -248,8 +248,9 @@ async def test_a_cancelled_suspend_changes_nothing(world, attached):
 async def test_a_connected_guest_that_scribbles_over_its_keys(world, attached):
     _, frontend = attached
     await frontend.connect()
-    await frontend.write(ring_ref="garbage")
     await frontend.state(CONNECTED)
+    await frontend.write(ring_ref="garbage")
+    await frontend.state(CONNECTED)  # have it looked at
     await trio.testing.wait_all_tasks_blocked(0.05)
     await frontend.write_sector(3, b"c" * 512)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,13 +17,18 @@ from xbd.core.hostio import workers as workers_module
 from xbd.core.hostio.workers import Workers
 
 
+def drop_idle_threads() -> None:
+    while workers_module._idle:
+        workers_module._idle.pop().stop()
+
+
 @pytest.fixture(params=["eventfd", "pipe"])
 def workers(request, monkeypatch) -> Iterator[Workers]:
     if request.param == "pipe":
         monkeypatch.setattr(workers_module, "_event_fds", os.pipe)
-    made = Workers(2, "test")
-    yield made
-    made.close()
+    drop_idle_threads()  # which others made
+    yield Workers(2, "test")
+    drop_idle_threads()
 
 
 async def test_a_call_returns_what_the_function_returns(workers: Workers) -> None:
@@ -113,18 +119,67 @@ def open_fds() -> set[str]:
     return {path.name for path in Path("/proc/self/fd").iterdir()}
 
 
-async def test_closing_ends_the_threads_and_gives_their_descriptors_back() -> None:
+async def work_side_by_side(count: int) -> list[threading.Thread]:
+    """Which threads so many users have worked in, each with one of its own."""
+    threads = []
+    all_here = threading.Barrier(count)
+
+    def call() -> None:
+        threads.append(threading.current_thread())
+        all_here.wait(10)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(count):
+            nursery.start_soon(Workers(1, f"user {number}").run, call)
+    return threads
+
+
+async def test_users_have_each_others_threads_when_they_are_free() -> None:
+    drop_idle_threads()
+    first = await work_side_by_side(5)
+    assert {thread.name for thread in first} == {f"user {number}" for number in range(5)}
+    assert set(await work_side_by_side(5)) == set(first)
+
+
+async def test_threads_that_too_few_need_end_and_give_their_descriptors_back() -> None:
+    drop_idle_threads()
     gc.collect()  # what other tests left open goes now, not between the two listings
     before = open_fds()
-    made = Workers(3, "closing")
-    async with trio.open_nursery() as nursery:
-        for _ in range(3):
-            nursery.start_soon(made.run, threading.Barrier(1).wait)
-    threads = [thread for thread in threading.enumerate() if thread.name == "closing"]
-    assert threads
-    made.close()
-    made.close()
-    for thread in threads:
+    threads = await work_side_by_side(workers_module._MOST_KEPT + 3)
+    kept = [worker._thread for worker in workers_module._idle]
+    assert len(kept) == workers_module._MOST_KEPT
+    for thread in set(threads) - set(kept):
+        thread.join(10)
+        assert not thread.is_alive()
+    drop_idle_threads()
+    for thread in kept:
         thread.join(10)
         assert not thread.is_alive()
     assert open_fds() <= before
+
+
+async def test_a_thread_whose_call_nobody_waits_for_any_more_is_given_to_nobody(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
+
+    async def interrupted(fd: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trio.lowlevel, "wait_readable", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            await workers.run(go.wait, 10)
+    assert await workers.run(divmod, 17, 5) == (3, 2)  # not what the first call returns
+    go.set()
+
+
+def test_a_child_process_has_no_threads_of_its_parents() -> None:
+    workers = Workers(1, "test")
+    trio.run(workers.run, int)
+    child = os.fork()
+    if not child:
+        signal.alarm(10)  # if nobody answers
+        trio.run(workers.run, int)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0

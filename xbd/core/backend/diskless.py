@@ -54,7 +54,7 @@ async def serve_without_disk(
         await bell.wait()
         if stopping.is_set():
             return Outcome.STOPPED
-        own = await node.read()
+        own = await node.look_again()
         if own is None:
             return Outcome.VANISHED
         if own.state in NEW:

@@ -5,6 +5,8 @@ The backend directory is the toolstack's and trusted; the frontend's is the gues
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 import attrs
@@ -91,9 +93,32 @@ _OWN_NAMES: Final = (
 )
 
 
+_CHANGING: Final = ("state", "online", "hotplug-status", "physical-device-path")
+"""What is written after a device was made; for anything else the toolstack makes it anew."""
+
+
+async def _read_names(store: StoreReader, path: str, names: Sequence[str]) -> dict[str, str | None]:
+    values = await store.read_all([f"{path}/{name}" for name in names])
+    return dict(zip(names, values, strict=True))
+
+
+async def read_again(store: StoreReader, path: str, own: OwnKeys) -> OwnKeys | None:
+    """As `read_own`, of what may have changed since then."""
+    values = await _read_names(store, path, _CHANGING)
+    if values["state"] is None:
+        return None
+    return attrs.evolve(
+        own,
+        state=parse_state(values["state"]) or XenbusState.UNKNOWN,
+        online=values["online"] != "0",
+        hotplug_status=values["hotplug-status"] or "",
+        physical_device_path=values["physical-device-path"] or "",
+    )
+
+
 async def read_own(store: StoreReader, path: str) -> OwnKeys | None:
     """The backend directory; None if it is gone (or not whole, which is the same to libxl)."""
-    values = {name: await store.read(f"{path}/{name}") for name in _OWN_NAMES}
+    values = await _read_names(store, path, _OWN_NAMES)
     frontend, frontend_id = values["frontend"], parse_u32(values["frontend-id"] or "")
     if frontend is None or frontend_id is None or values["state"] is None:
         return None
@@ -133,6 +158,7 @@ async def read_frontend(
     names no protocol.  Raises `BadNegotiation` with one line that names the key.
     """
     keys = _FrontendKeys(store, frontend)
+    await keys.fetch(_USUAL)
     protocol = await keys.text("protocol")
     abi = pick_abi(protocol, machine=machine)
     queue_count = await keys.number("multi-queue-num-queues", default=1)
@@ -142,6 +168,10 @@ async def read_frontend(
         )
     order = await _ring_order(keys, features.max_ring_order)
     prefixes = [""] if queue_count == 1 else [f"queue-{i}/" for i in range(queue_count)]
+    if queue_count > 1 or order:
+        pages = [""] if order is None else range(1 << order)
+        refs = [f"{prefix}ring-ref{page}" for prefix in prefixes for page in pages]
+        await keys.fetch([*refs, *(f"{prefix}event-channel" for prefix in prefixes)])
     queues = [await _read_queue(keys, prefix, order) for prefix in prefixes]
     _refuse_twins(queues)
     wants_persistent = await keys.number("feature-persistent", default=0) == 1
@@ -154,14 +184,34 @@ async def read_frontend(
     )
 
 
+_USUAL: Final = (
+    "protocol",
+    "multi-queue-num-queues",
+    "ring-page-order",
+    "num-ring-pages",
+    "ring-ref",
+    "event-channel",
+    "feature-persistent",
+)
+"""What nearly every frontend is asked for."""
+
+
 class _FrontendKeys:
     """Numbers in a frontend's directory."""
 
     def __init__(self, store: StoreReader, path: str) -> None:
         self._store = store
         self._path = path
+        self._fetched: dict[str, str | None] = {}
+
+    async def fetch(self, names: Sequence[str]) -> None:
+        """Read them together; where one can't be read, each one tells for itself later."""
+        with suppress(StoreError):
+            self._fetched |= await _read_names(self._store, self._path, names)
 
     async def text(self, name: str) -> str | None:
+        if name in self._fetched:
+            return self._fetched[name]
         try:
             return await self._store.read(f"{self._path}/{name}")
         except StoreError as error:

@@ -25,6 +25,7 @@ from xbd.core.backend.identity import DeviceId
 from xbd.core.backend.keys import (
     OwnKeys,
     parse_state,
+    read_again,
     read_frontend,
     read_frontend_state,
     read_own,
@@ -55,6 +56,13 @@ class Node:
     async def read(self) -> OwnKeys | None:
         """None: the directory is gone."""
         self.own = await read_own(self._store, self.path)
+        return self.own
+
+    async def look_again(self) -> OwnKeys | None:
+        """As `read`, of what may have changed since then."""
+        if self.own is None:
+            return await self.read()
+        self.own = await read_again(self._store, self.path, self.own)
         return self.own
 
     async def frontend_state(self, own: OwnKeys) -> XenbusState | None:
@@ -120,13 +128,13 @@ class Node:
         `nbd`: the socket for QEMU, if there is one.
         """
         keys = offer(disk.access.geometry, disk.features, own, read_only=disk.read_only)
+        texts = {name: str(value) for name, value in keys.items()}
+        texts[STATUS_KEY] = "open"
+        if nbd is not None:
+            texts[NBD_KEY] = str(nbd)
 
         async def body(tree: StoreReader) -> None:
-            for name, value in keys.items():
-                await tree.write(f"{self.path}/{name}", str(value))
-            if nbd is not None:
-                await tree.write(f"{self.path}/{NBD_KEY}", str(nbd))
-            await tree.write(f"{self.path}/{STATUS_KEY}", "open")
+            await tree.write_all({f"{self.path}/{name}": text for name, text in texts.items()})
             await tree.remove(f"{self.path}/{ERROR_KEY}")
             await clear_error_node(tree, self.device, self._base)
             await self._write_state(tree, state)

@@ -58,7 +58,7 @@ class Serving:
     async def _look(self) -> Outcome | None:
         if self.link.failure is not None:
             raise self.link.failure
-        own = await self.node.read()
+        own = await self.node.look_again()
         if own is None:
             await self._disconnect()
             return Outcome.VANISHED
@@ -168,7 +168,7 @@ class Serving:
         """State Closing; the guest may still write what it has until it closes too."""
         asked = False
         while self.link.connected:
-            own = await self.node.read()
+            own = await self.node.look_again()
             if own is None:
                 await self.link.abandon()
                 return
@@ -179,6 +179,6 @@ class Serving:
             await self.bell.wait()
 
     async def _close_for_good(self) -> None:
-        own = await self.node.read()
+        own = await self.node.look_again()
         if own is not None:
             await self.node.switch(own.state, XenbusState.CLOSED)

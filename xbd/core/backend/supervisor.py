@@ -21,6 +21,7 @@ from xbd.core.backend.failure import is_store_lost, stops_daemon, worst
 from xbd.core.backend.identity import DeviceId, parse_devid, parse_domid
 from xbd.core.backend.keys import OwnKeys, read_own
 from xbd.core.errors import ConfigError, StoreError, StoreLost, XbdError
+from xbd.core.units import Domid
 
 SCRIPT_NAME: Final = "block-xbd"
 """The hotplug script that marks a disk as ours."""
@@ -49,6 +50,8 @@ class Supervisor:
 
     def __init__(self, services: Services, kinds: list[str]) -> None:
         self.devices: dict[DeviceId, Device] = {}
+        self._counts: Counter[Domid] = Counter()
+        """Devices per domain."""
         self._services = services
         self._store = services.store
         self._kinds = kinds
@@ -125,7 +128,8 @@ class Supervisor:
                     await self._consider(DeviceId(kind, domid, devid))
         if not place[1:]:
             for device in self.devices.values():
-                device.ring()  # also those that are gone from the tree
+                if device.id.kind == kind and place in ((), (str(device.id.domid),)):
+                    device.ring()  # also those that are gone from the tree
 
     async def _consider(self, device: DeviceId) -> None:
         known = self.devices.get(device)
@@ -147,11 +151,12 @@ class Supervisor:
         diagnostics = Diagnostics(device, self._limits.of(device.domid))
         started = Device(device, self._services, diagnostics, refusal=self._too_many(device))
         self.devices[device] = started
+        self._counts[device.domid] += 1
         self._changed()
         self._nursery.start_soon(self._isolated, started)
 
     def _too_many(self, device: DeviceId) -> ConfigError | None:
-        count = Counter(known.domid for known in self.devices)[device.domid]
+        count = self._counts[device.domid]
         limit = self._services.policy.limits.disks_per_domain
         if count < limit:
             return None
@@ -177,7 +182,9 @@ class Supervisor:
                 )
         finally:
             del self.devices[device.id]
-            if not any(known.domid == device.id.domid for known in self.devices):
+            self._counts[device.id.domid] -= 1
+            if not self._counts[device.id.domid]:
+                del self._counts[device.id.domid]
                 self._limits.forget(device.id.domid)
             self._changed()
 

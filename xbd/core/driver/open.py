@@ -89,7 +89,7 @@ async def open_device(
 ) -> AsyncIterator[DeviceAccess]:
     """As `open_disk`, with a function that opens the device; `name` is for error texts."""
     session = _Session(name, device_id)
-    # A device has threads of its own: one guest's dead storage must not take those of the others.
+    # So many at a time for each: one guest's dead storage must not take the others' threads.
     workers = Workers(1 if concurrency is Concurrency.SERIAL else BLOCKING_THREADS, device_id)
     context = OpenContext(
         device_id=device_id,
@@ -115,8 +115,6 @@ async def open_device(
         raise
     except Exception as error:
         session.driver_failed(error)
-    finally:
-        workers.close()
     if session.users_error is not None:
         raise session.users_error
 

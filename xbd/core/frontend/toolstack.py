@@ -181,5 +181,4 @@ async def _write_device(store: StoreReader, domid: Domid, disk: DiskLine) -> Non
         await store.remove(path)
         await store.mkdir(path)
         await store.set_permissions(path, permissions)
-        for key, value in keys.items():
-            await store.write(f"{path}/{key}", value)
+        await store.write_all({f"{path}/{key}": value for key, value in keys.items()})

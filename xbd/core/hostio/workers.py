@@ -12,23 +12,32 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Final
 
 import trio
 
 _Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
+_MOST_KEPT: Final = 32
+"""Threads without work that are kept; starting one costs as much as a few calls."""
+_idle: list[_Worker] = []
+"""Threads without work, of the whole process: who was busy last comes first."""
+os.register_at_fork(after_in_child=_idle.clear)  # the child has none of them
+
+
 class Workers:
-    """Up to `most` threads, started when they are needed, kept until `close`."""
+    """Up to `most` calls at a time; who waits here for storage takes no thread from others.
+
+    Threads are started when they are needed, and shared: a thousand users that have nothing to do
+    have no thread of their own.
+    """
 
     def __init__(self, most: int, name: str) -> None:
-        """`name` is what debuggers see."""
+        """`name` is what debuggers see of a thread while it works for this one."""
         self._name = name
-        self._startable = most
-        self._idle: list[_Worker] = []
+        self._free = most
         self._waiting: deque[trio.Event] = deque()
-        self._closed = False
 
     async def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """``function(*args)`` in a thread.
@@ -36,19 +45,22 @@ class Workers:
         It is never abandoned: cancelled, this still waits for the call's end, and then returns
         what it returned.
         """
-        worker = await self._take()
+        await self._enter()
         try:
-            with trio.CancelScope(shield=True):
-                return await worker.run(function, args)
+            worker = _idle.pop() if _idle else _Worker()
+            try:
+                with trio.CancelScope(shield=True):
+                    await worker.call(self._name, function, args)
+            except BaseException:
+                worker.stop()  # when it is done, and nobody else gets it before that
+                raise
+            return worker.end()
         finally:
-            self._put(worker)
+            self._leave()
 
-    async def _take(self) -> _Worker:
+    async def _enter(self) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
-        while not self._idle:
-            if self._startable:
-                self._startable -= 1
-                return _Worker(self._name)
+        while not self._free:
             turn = trio.Event()
             self._waiting.append(turn)
             try:
@@ -59,41 +71,42 @@ class Workers:
                 else:
                     self._wake()  # the turn was given in vain
                 raise
-        return self._idle.pop()
+        self._free -= 1
 
-    def _put(self, worker: _Worker) -> None:
-        if self._closed:
-            worker.stop()
-            return
-        self._idle.append(worker)
+    def _leave(self) -> None:
+        self._free += 1
         self._wake()
 
     def _wake(self) -> None:
         if self._waiting:
             self._waiting.popleft().set()
 
-    def close(self) -> None:
-        """End the threads: idle ones now, the others with their calls.  Idempotent."""
-        self._closed = True
-        while self._idle:
-            self._idle.pop().stop()
-
 
 class _Worker:
     """One thread.  It does not keep the process alive: its call may never end."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self) -> None:
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
         self._done, self._wake = _event_fds()
         self._result: tuple[Any, BaseException | None] = (None, None)
-        threading.Thread(target=self._serve, name=name, daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
 
-    async def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    async def call(self, name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """Returns when it has ended."""
+        self._thread.name = name
         self._calls.put((function, args))
         await trio.lowlevel.wait_readable(self._done)
         os.read(self._done, 8)
+
+    def end(self) -> Any:
+        """What the call returned, or raised; others may have the thread then."""
         value, error = self._result
         self._result = (None, None)
+        if len(_idle) < _MOST_KEPT:
+            _idle.append(self)
+        else:
+            self.stop()
         if error is not None:
             try:
                 raise error

@@ -8,7 +8,7 @@ through ``surrogateescape``, so hostile values can be looked at, compared and wr
 from __future__ import annotations
 
 import abc
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TypeVar
 
@@ -22,6 +22,10 @@ class StoreReader(abc.ABC):
     async def read(self, path: str) -> str | None:
         """The value at `path`; None if there is no such node."""
 
+    async def read_all(self, paths: Sequence[str]) -> list[str | None]:
+        """As `read`, of several nodes; without waiting for each one's answer where that goes."""
+        return [await self.read(path) for path in paths]
+
     @abc.abstractmethod
     async def directory(self, path: str) -> list[str] | None:
         """Names of the children of `path`, sorted; None if there is no such node."""
@@ -29,6 +33,11 @@ class StoreReader(abc.ABC):
     @abc.abstractmethod
     async def write(self, path: str, value: str) -> None:
         """Set the value, making the node and its parents where needed."""
+
+    async def write_all(self, values: Mapping[str, str]) -> None:
+        """As `write`, by path, in order; without waiting for each one's answer where that goes."""
+        for path, value in values.items():
+            await self.write(path, value)
 
     @abc.abstractmethod
     async def mkdir(self, path: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import errno
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from xbd.core.errors import StoreError
@@ -45,6 +45,14 @@ def encode_path(path: str) -> bytes:
     return data + NUL
 
 
+def _value(answer: bytes | StoreError) -> str | None:
+    if isinstance(answer, bytes):
+        return decode_text(answer)
+    if answer.errno != errno.ENOENT:
+        raise answer
+    return None
+
+
 class Calls(StoreReader):
     """`StoreReader` by way of one function that sends a request."""
 
@@ -52,9 +60,17 @@ class Calls(StoreReader):
     async def _call(self, op: int, payload: bytes) -> bytes:
         """The answer's payload.  Raises `StoreError`, `StoreLost`."""
 
+    @abc.abstractmethod
+    async def _call_all(self, op: int, payloads: Sequence[bytes]) -> list[bytes | StoreError]:
+        """Each request's answer, or why it was refused.  Raises `StoreLost`."""
+
     async def read(self, path: str) -> str | None:
         data = await self._call_on_node(Op.READ, encode_path(path))
         return None if data is None else decode_text(data)
+
+    async def read_all(self, paths: Sequence[str]) -> list[str | None]:
+        answers = await self._call_all(Op.READ, [encode_path(path) for path in paths])
+        return [_value(answer) for answer in answers]
 
     async def directory(self, path: str) -> list[str] | None:
         raw = encode_path(path)
@@ -68,6 +84,12 @@ class Calls(StoreReader):
 
     async def write(self, path: str, value: str) -> None:
         await self._call(Op.WRITE, encode_path(path) + encode_text(value))
+
+    async def write_all(self, values: Mapping[str, str]) -> None:
+        payloads = [encode_path(path) + encode_text(value) for path, value in values.items()]
+        for answer in await self._call_all(Op.WRITE, payloads):
+            if isinstance(answer, StoreError):
+                raise answer
 
     async def mkdir(self, path: str) -> None:
         await self._call(Op.MKDIR, encode_path(path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final, TypeVar
@@ -174,6 +174,10 @@ class StoreClient(Calls, Store):
     async def _call(self, op: int, payload: bytes) -> bytes:
         link = await self._connected_link()
         return await link.request(op, payload)
+
+    async def _call_all(self, op: int, payloads: Sequence[bytes]) -> list[bytes | StoreError]:
+        link = await self._connected_link()
+        return await link.request_all(op, payloads)
 
     async def _connected_link(self) -> Link:
         while self._link is None or self._link.lost.is_set():

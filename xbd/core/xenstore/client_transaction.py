@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from xbd.core.errors import StoreError, StoreLost
@@ -49,9 +49,16 @@ class ClientTransaction(Calls):
         self._tx_id = tx_id
 
     async def _call(self, op: int, payload: bytes) -> bytes:
+        self._require_open()
+        return await self._link.request(op, payload, self._tx_id)
+
+    async def _call_all(self, op: int, payloads: Sequence[bytes]) -> list[bytes | StoreError]:
+        self._require_open()
+        return await self._link.request_all(op, payloads, self._tx_id)
+
+    def _require_open(self) -> None:
         if self.over:
             raise RuntimeError("a transaction was used after its end")
-        return await self._link.request(op, payload, self._tx_id)
 
 
 async def _start(link: Link) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Final
 
 import attrs
@@ -32,20 +33,30 @@ from xbd.core.xenstore.protocol import (
 _READ_BYTES: Final = 16 << 10
 """Bounds what one round of a flood of events costs before other tasks run."""
 _IN_FLIGHT: Final = 64
-"""Requests waiting for their answers; more callers than that queue up."""
+"""Callers waiting for their answers; more than that queue up."""
+_SENT_TOGETHER: Final = 64
+"""Packets per call of ``write``."""
 _POSTED: Final = 1024
 """Likewise of those that nobody waits for."""
 _PROBE: Final = b"0" + NUL
 
 
 @attrs.define(eq=False)
+class _Caller:
+    """Who waits for some requests' answers."""
+
+    unanswered: int
+    done: trio.Event = attrs.field(factory=trio.Event)
+    gone: bool = False
+    if_gone: Callable[[bytes], None] | None = None
+
+
+@attrs.define(eq=False)
 class _Pending:
     op: int
-    done: trio.Event = attrs.field(factory=trio.Event)
+    caller: _Caller | None
+    """None: nobody waits."""
     answer: Packet | None = None
-    abandoned: bool = False
-    if_abandoned: Callable[[bytes], None] | None = None
-    posted: bool = False
 
 
 class Link:
@@ -71,6 +82,8 @@ class Link:
         self._posted = 0
         self._slots = trio.Semaphore(_IN_FLIGHT)
         self._unsent: deque[bytes] = deque()
+        self._full = False
+        """Whether the other side has to read before anything more can be written."""
         self._work = trio.lowlevel.ParkingLot()
         self._scope = trio.CancelScope()
         self._heard = False
@@ -114,25 +127,46 @@ class Link:
 
         A cancelled caller's answer goes to `if_abandoned` when it comes.
         """
-        packet(op, payload, 0)  # too long: refuse before waiting for anything
+        (answer,) = await self.request_all(op, [payload], tx_id, if_abandoned=if_abandoned)
+        if isinstance(answer, StoreError):
+            raise answer
+        return answer
+
+    async def request_all(
+        self,
+        op: int,
+        payloads: Sequence[bytes],
+        tx_id: int = 0,
+        *,
+        if_abandoned: Callable[[bytes], None] | None = None,
+    ) -> list[bytes | StoreError]:
+        """As `request`, of several that are sent one behind the other.  Raises `StoreLost`."""
+        for payload in payloads:
+            packet(op, payload, 0)  # too long: refuse before waiting for anything
+        if not payloads:
+            return []
         await self._slots.acquire()
         if self.lost.is_set():
             self._slots.release()
             raise self._gone()
-        pending = _Pending(op, if_abandoned=if_abandoned)
-        self._submit(op, payload, tx_id, pending)
+        caller = _Caller(len(payloads), if_gone=if_abandoned)
+        pending = [self._submit(op, payload, tx_id, caller) for payload in payloads]
+        self._send()
         try:
             with trio.move_on_after(self._answer_within_s):
-                await pending.done.wait()
+                await caller.done.wait()
         except trio.Cancelled:
-            pending.abandoned = True
+            caller.gone = True
             raise
-        if not pending.done.is_set():
+        if not caller.done.is_set():
             self.lose(f"no answer within {self._answer_within_s:g} s")
+        return [self._judged(one, payload) for one, payload in zip(pending, payloads, strict=True)]
+
+    def _judged(self, pending: _Pending, payload: bytes) -> bytes | StoreError:
         if pending.answer is None:
             raise self._gone()
         if pending.answer.op == Op.ERROR:
-            raise _refusal(op, payload, pending.answer.payload)
+            return _refusal(pending.op, payload, pending.answer.payload)
         return pending.answer.payload
 
     def post(self, op: int, payload: bytes, tx_id: int = 0) -> None:
@@ -144,23 +178,34 @@ class Link:
             self.lose("too many requests without an answer")
             return
         self._posted += 1
-        self._submit(op, payload, tx_id, _Pending(op, posted=True))
+        self._submit(op, payload, tx_id, None)
+        self._send()
 
     def _gone(self) -> StoreLost:
         return StoreLost(f"the connection to XenStore broke: {self.reason}")
 
-    def _submit(self, op: int, payload: bytes, tx_id: int, pending: _Pending) -> None:
+    def _submit(self, op: int, payload: bytes, tx_id: int, caller: _Caller | None) -> _Pending:
         self._last_id = self._last_id % 0xFFFF_FFFF + 1
-        self._pending[self._last_id] = pending
-        data = encode(packet(op, payload, self._last_id, tx_id))
-        if not self._unsent and not self._awaited:
-            data = self._write(data)
-        if data:
-            self._unsent.append(data)
+        pending = self._pending[self._last_id] = _Pending(op, caller)
+        self._unsent.append(encode(packet(op, payload, self._last_id, tx_id)))
+        return pending
+
+    def _send(self) -> None:
+        """As much as goes without waiting."""
+        while self._unsent and not (self._awaited or self._full or self.lost.is_set()):
+            # Linux's device wants each packet in a call of its own.
+            count = 1 if self._one_at_a_time else min(len(self._unsent), _SENT_TOGETHER)
+            rest = self._write(b"".join(islice(self._unsent, count)))
+            for _ in range(count):
+                self._unsent.popleft()
+            if rest:
+                self._unsent.appendleft(rest)
+                self._full = True
+        if self._unsent:
             self._work.unpark_all()
 
     def _write(self, data: bytes) -> bytes:
-        """What could not be written yet.  One packet a call: the device wants it so."""
+        """What could not be written yet."""
         try:
             rest = data[os.write(self._fd, data) :]
             self._awaited = self._one_at_a_time and not rest
@@ -179,13 +224,8 @@ class Link:
                 await trio.lowlevel.checkpoint()
             else:
                 await trio.lowlevel.wait_writable(self._fd)
-            if not self._unsent or self._awaited:
-                continue
-            rest = self._write(self._unsent[0])
-            if rest:
-                self._unsent[0] = rest
-            else:
-                self._unsent.popleft()
+            self._full = False
+            self._send()
 
     async def _receive(self) -> None:
         packets = PacketStream()
@@ -218,21 +258,26 @@ class Link:
         pending = self._pending.pop(message.rq_id, None)
         if pending is None:
             raise WireError("an answer to no request")
-        self._awaited = False
-        self._work.unpark_all()
+        if self._awaited:
+            self._awaited = False
+            self._work.unpark_all()
         if message.op in (pending.op, Op.ERROR):
             pending.answer = message
         self._settle(pending)
         if pending.answer is None:
             raise WireError(f"{operation_name(message.op)} in answer to another request")
-        if pending.abandoned and pending.if_abandoned and message.op != Op.ERROR:
-            pending.if_abandoned(message.payload)
+        caller = pending.caller
+        if caller and caller.gone and caller.if_gone and message.op != Op.ERROR:
+            caller.if_gone(message.payload)
 
     def _settle(self, pending: _Pending) -> None:
-        pending.done.set()
-        if pending.posted:
+        caller = pending.caller
+        if caller is None:
             self._posted -= 1
-        else:
+            return
+        caller.unanswered -= 1
+        if not caller.unanswered:
+            caller.done.set()
             self._slots.release()
 
     async def _probe(self) -> None:

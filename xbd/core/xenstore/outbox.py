@@ -19,7 +19,7 @@ class Outbox:
     """Replies and events in order.  An event that already waits is not queued again."""
 
     def __init__(self, wake: Callable[[], object]) -> None:
-        """`wake` is called whenever something is queued."""
+        """`wake` is called when there is something to send, and when it is too much."""
         self._wake = wake
         self._waiting: deque[bytes] = deque()
         self._events: set[bytes] = set()
@@ -39,7 +39,8 @@ class Outbox:
     def reply(self, data: bytes) -> None:
         self._waiting.append(data)
         self.bytes_waiting += len(data)
-        self._wake()
+        if len(self._waiting) == 1 or self.overflown:
+            self._wake()
 
     def event(self, path: bytes, token: bytes) -> None:
         """Queue a WATCH_EVENT, unless the client is beyond help anyway."""
