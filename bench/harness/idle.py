@@ -17,6 +17,7 @@ from harness.figures import (
     idle_cpu,
     kib_per_disk,
     kib_per_disk_of_all,
+    own_start_seconds,
     start_seconds,
     store_seconds,
     wakeups,
@@ -77,7 +78,8 @@ def _numbers(path: Path) -> Mapping[str, int]:
 
 class IdlePart(Part):
     """The daemon holds the embedded host and XenStore, too.  What a thousand disks' entries take
-    there is found out with a daemon that does not look after them, and subtracted."""
+    there is found out with a daemon that does not look after them, and subtracted; so is how long
+    the toolstack takes to write them."""
 
     title = f"{DISKS} idle disks"
     backends = (XBD, XBD_PYTHON)
@@ -87,13 +89,14 @@ class IdlePart(Part):
         Column("CPU ms/s", idle_cpu, "{:.1f}"),
         Column("KiB per disk", kib_per_disk, "{:.1f}"),
         Column("with XenStore", kib_per_disk_of_all, "{:.1f}"),
-        Column("start s", start_seconds, "{:.2f}"),
+        Column("start s", own_start_seconds, "{:.2f}"),
         Column("toolstack s", store_seconds, "{:.2f}"),
+        Column("both s", start_seconds, "{:.2f}"),
     )
     _bounds = (
         Bound("wake-ups per second", IDLE, wakeups, AT_MOST, 0, XBD, ""),
         Bound("KiB per disk", IDLE, kib_per_disk, AT_MOST, 15, XBD, ""),
-        Bound("seconds to start all", IDLE, start_seconds, AT_MOST, 5, XBD, ""),
+        Bound("seconds to start all", IDLE, own_start_seconds, AT_MOST, 5, XBD, ""),
     )
     targets = (*_bounds, *for_the_record(_bounds, XBD_PYTHON))
 
@@ -132,6 +135,7 @@ class IdlePart(Part):
             stored, figures["store_seconds"] = self._stored(backend, keys)
         except XbdError as error:
             raise RunFailed(str(error)) from None
+        figures["own_start_seconds"] = figures["start_seconds"] - figures["store_seconds"]
         figures["kib_per_disk_with_store"] = grown / DISKS
         figures["kib_per_disk"] = (grown - stored) / DISKS
         return figures
