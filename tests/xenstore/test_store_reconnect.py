@@ -231,6 +231,8 @@ async def test_through_a_character_device(server):
                 await store.write("/a/b", "x" * 2000)
                 assert await watch.changed() == ["/a/b"]
                 assert await store.read("/a/b") == "x" * 2000
+                await store.write_all({f"/a/{number}": str(number) for number in range(100)})
+                assert await store.read_all(["/a/7", "/b", "/a/99"]) == ["7", None, "99"]
 
 
 async def test_nothing_there(store_dir):

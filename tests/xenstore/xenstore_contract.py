@@ -14,7 +14,6 @@ import trio
 
 from xbd.core.errors import StoreError
 from xbd.core.xenstore.client import StoreClient
-from xbd.core.xenstore.helpers import read_together, write_if_exists, write_together
 
 SCRATCH = "/tool/xbd-test"
 WITHIN_S = 20
@@ -157,11 +156,44 @@ class StoreContract:
                 await store.write(f"{SCRATCH}/a", "end")
                 assert await store.read(f"{SCRATCH}/a") == "end"
 
-    async def test_transaction_commits(self, store_path):
+    async def test_many_nodes_at_once(self, store_path):
+        # More than go over the wire in one piece.
+        values = {f"{SCRATCH}/{number}": "x" * number for number in range(300)}
         async with scratch_store(store_path) as store:
             with trio.fail_after(WITHIN_S):
-                await write_together(store, SCRATCH, {"a": "1", "b": "2"})
-                assert await read_together(store, SCRATCH, ["a", "b", "c"]) == {"a": "1", "b": "2"}
+                await store.write_all({})
+                await store.write_all(values)
+                assert await store.read_all([]) == []
+                assert await store.read_all([SCRATCH, f"{SCRATCH}/no", *values]) == [
+                    "",
+                    None,
+                    *values.values(),
+                ]
+
+    async def test_many_nodes_of_which_some_are_refused(self, store_path):
+        async with scratch_store(store_path) as store:
+            with trio.fail_after(WITHIN_S):
+                values = {f"{SCRATCH}/a": "1", "/no blanks": "2", f"{SCRATCH}/c": "3"}
+                with pytest.raises(StoreError) as caught:
+                    await store.write_all(values)
+                assert caught.value.errno == errno.EINVAL
+                with pytest.raises(StoreError) as caught:
+                    await store.read_all([SCRATCH, "/no blanks", SCRATCH])
+                assert caught.value.errno == errno.EINVAL
+                await store.write(f"{SCRATCH}/a", "all goes on")
+                assert await store.read(f"{SCRATCH}/a") == "all goes on"
+
+    async def test_transaction_commits(self, store_path):
+        keys = [f"{SCRATCH}/{name}" for name in "abc"]
+
+        async def write(reader):
+            await reader.write_all({keys[0]: "1", keys[1]: "2"})
+            return await reader.read_all(keys)
+
+        async with scratch_store(store_path) as store:
+            with trio.fail_after(WITHIN_S):
+                assert await store.transact(write) == ["1", "2", None]
+                assert await store.read_all(keys) == ["1", "2", None]
 
     async def test_transaction_is_invisible_until_committed(self, store_path):
         async with scratch_store(store_path) as store:
@@ -223,15 +255,6 @@ class StoreContract:
                         nursery.start_soon(work)
                 assert await store.read(f"{SCRATCH}/counter") == "30"
 
-    async def test_write_if_exists(self, store_path):
-        async with scratch_store(store_path) as store:
-            with trio.fail_after(WITHIN_S):
-                assert not await write_if_exists(store, f"{SCRATCH}/dir", {"a": "1"})
-                assert await store.directory(SCRATCH) == []
-                await store.mkdir(f"{SCRATCH}/dir")
-                assert await write_if_exists(store, f"{SCRATCH}/dir", {"a": "1"})
-                assert await store.read(f"{SCRATCH}/dir/a") == "1"
-
     async def test_watch_reports_itself_first(self, store_path):
         async with scratch_store(store_path) as store:
             with trio.fail_after(WITHIN_S):
@@ -260,11 +283,15 @@ class StoreContract:
                     await until_reported(watch, f"{SCRATCH}/a/b/c")
 
     async def test_watch_hears_a_transaction_once_committed(self, store_path):
+        async def write(reader):
+            await reader.write(f"{SCRATCH}/a", "1")
+            await reader.write(f"{SCRATCH}/b", "2")
+
         async with scratch_store(store_path) as store:
             with trio.fail_after(WITHIN_S):
                 async with store.watch(SCRATCH) as watch:
                     await watch.changed()
-                    await write_together(store, SCRATCH, {"a": "1", "b": "2"})
+                    await store.transact(write)
                     seen = await until_reported(watch, f"{SCRATCH}/a")
                     if f"{SCRATCH}/b" not in seen:
                         await until_reported(watch, f"{SCRATCH}/b")

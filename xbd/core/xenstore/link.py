@@ -34,10 +34,10 @@ _READ_BYTES: Final = 16 << 10
 """Bounds what one round of a flood of events costs before other tasks run."""
 _IN_FLIGHT: Final = 64
 """Callers waiting for their answers; more than that queue up."""
+_POSTED: Final = 1024
+"""Likewise of requests that nobody waits for."""
 _SENT_TOGETHER: Final = 64
 """Packets per call of ``write``."""
-_POSTED: Final = 1024
-"""Likewise of those that nobody waits for."""
 _PROBE: Final = b"0" + NUL
 
 
