@@ -122,7 +122,7 @@ def describe(qemu: str | None, images: Path) -> dict[str, str]:
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "cpu": f"{os.cpu_count()} x {_line_with('/proc/cpuinfo', 'model name')}",
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],  # the rest is whoever built it
         "python": sys.version.split()[0],
         "file system": _first_line(["stat", "--file-system", "--format=%T", str(images)]),
         "xbd": _first_line(["git", "-C", str(source), "describe", "--always", "--dirty"]),
