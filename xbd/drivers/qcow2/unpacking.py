@@ -16,10 +16,11 @@ from typing import Final
 import attrs
 
 from xbd.core.driver import DriverError
+from xbd.core.driver.buffers import aligned_buffer
 from xbd.core.units import KIB, MIB
 from xbd.drivers.qcow2.compressed import ClusterCache, Codec
 from xbd.drivers.qcow2.errors import CorruptImage
-from xbd.drivers.qcow2.host import Host
+from xbd.drivers.qcow2.host import PAGE, Host, Transfer
 from xbd.drivers.qcow2.layout import compressed_extent
 
 _MOST_AT_A_TIME: Final = 4 * MIB
@@ -80,8 +81,7 @@ class Unpacker:
         at_a_time = max(1, _MOST_AT_A_TIME >> self._bits)
         for first in range(0, len(jobs), at_a_time):
             some = jobs[first : first + at_a_time]
-            for run in _runs(some):
-                self._read(run)
+            self._read([*_runs(some)])
             _in_parallel(some, self._unpack)
             for job in some:
                 if isinstance(job.result, bytes):
@@ -102,19 +102,28 @@ class Unpacker:
         except DriverError:
             return False  # unpacking says what is wrong
 
-    def _read(self, run: Sequence[_Job]) -> None:
-        start = run[0].offset
-        try:
-            data = memoryview(self._host.read(start, max(job.end for job in run) - start))
-        except DriverError as error:
-            if len(run) == 1:
-                run[0].packed = error
-                return
-            for job in run:
-                self._read([job])
-            return
-        for job in run:
-            job.packed = data[job.offset - start : job.end - start]
+    def _read(self, runs: Sequence[Sequence[_Job]]) -> None:
+        """Fetch the packed bytes: each run in one piece, all of them side by side."""
+        transfers = [self._transfer(run) for run in runs]
+        failures = self._host.read_transfers(transfers)
+        for run, transfer, failure in zip(runs, transfers, failures, strict=True):
+            if failure is None:
+                (data,) = transfer.buffers
+                for job in run:
+                    at = job.offset - transfer.offset
+                    job.packed = data[at : at + job.packed_length]
+            elif len(run) == 1:
+                run[0].packed = failure
+            else:
+                self._read([[job] for job in run])
+
+    def _transfer(self, run: Sequence[_Job]) -> Transfer:
+        """As the host reads it past the page cache: packed clusters begin and end anywhere."""
+        unit = self._host.alignment.offset
+        start, end = run[0].offset, max(job.end for job in run)
+        start -= start % unit
+        end += -end % unit
+        return Transfer(start, [aligned_buffer(end - start, PAGE)])
 
     def _unpack(self, job: _Job) -> None:
         if isinstance(job.packed, DriverError):
@@ -138,7 +147,7 @@ class Unpacker:
     def _unpack_whole(self, job: _Job) -> None:
         job.length = self._size
         job.offset, job.packed_length = compressed_extent(job.entry, self._bits)
-        self._read([job])
+        self._read([[job]])
         self._unpack(job)
 
 
