@@ -16,6 +16,7 @@ from qcow2_recipes import NAMED, Recipe, some
 from qcow2_tape import RecordingHost, some_fail
 
 from xbd.core.units import KIB
+from xbd.drivers.qcow2 import writing
 
 SMALL = 128 * KIB
 """Of most disks: many states rather than large ones."""
@@ -50,6 +51,17 @@ def test_bitmaps_end_before_the_disk_changes(tmp_path: Path) -> None:
     recording = record(small("bitmap"), tmp_path, 8, steps=5, kinds="WUD")
     assert ImageBytes(recording.tape.start["image"]).has_valid_bitmap()
     Judge(recording, random.Random(8)).judge(6, reopen=0.02)
+
+
+@pytest.mark.parametrize("faulty", [False, True], ids=["sound", "faulty"])
+@pytest.mark.parametrize("name", ["4k", "512", "snapshots"])
+def test_crashes_while_clusters_are_linked_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, faulty: bool
+) -> None:
+    monkeypatch.setattr(writing, "STREAK", 0)
+    faults = some_fail if faulty else None
+    recording = record(small(name), tmp_path, 9, steps=50, faults=faults, kinds="WWWUDFZ")
+    Judge(recording, random.Random(9)).judge(2, places=50, reopen=0.05)
 
 
 @pytest.mark.parametrize("name", ["4k", "512"])
