@@ -114,7 +114,9 @@ class RecordingHost(Host):
         self._may_fail("readv")
         super().readv(offset, buffers)
 
-    def read_transfers(self, transfers: Sequence[Transfer]) -> list[DriverError | None]:
+    def read_transfers(
+        self, transfers: Sequence[Transfer], *, cached: bool = False
+    ) -> list[DriverError | None]:
         failures: list[DriverError | None] = []
         for transfer in transfers:
             try:

@@ -112,29 +112,36 @@ class Host:
 
     # -- data ---------------------------------------------------------------------------------
 
-    def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
+    def readv(self, offset: int, buffers: Sequence[memoryview], *, cached: bool = False) -> None:
         """Data.  Behind the file's end there are zeroes."""
         length = total(buffers)
+        fd = self._cached_fd if cached else self._fd_for(offset, length)
         try:
-            done = read_full(self._fd_for(offset, length), buffers, offset, self._cached_fd)
+            done = read_full(fd, buffers, offset, self._cached_fd)
         except OSError as error:
             raise self._failure("read", error) from error
         if done < length:
             zero_tail(buffers, done)
 
-    def read_transfers(self, transfers: Sequence[Transfer]) -> list[DriverError | None]:
-        """Data, as `readv`, side by side.  What became of each transfer."""
+    def read_transfers(
+        self, transfers: Sequence[Transfer], *, cached: bool = False
+    ) -> list[DriverError | None]:
+        """Data, as `readv`, side by side; `cached`: through the page cache in any case.
+
+        What became of each transfer.
+        """
         done = [False] * len(transfers)
-        if self._can_go_parallel(transfers):
-            done = self.parallel.read([(self.fd, one.offset, one.buffers) for one in transfers])
+        fd = self._cached_fd if cached else self.fd
+        if len(transfers) > 1 and (cached or self._can_go_parallel(transfers)):
+            done = self.parallel.read([(fd, one.offset, one.buffers) for one in transfers])
         return [
-            None if whole else self._read_one(transfer)
+            None if whole else self._read_one(transfer, cached=cached)
             for transfer, whole in zip(transfers, done, strict=True)
         ]
 
-    def _read_one(self, transfer: Transfer) -> DriverError | None:
+    def _read_one(self, transfer: Transfer, *, cached: bool) -> DriverError | None:
         try:
-            self.readv(transfer.offset, transfer.buffers)
+            self.readv(transfer.offset, transfer.buffers, cached=cached)
         except DriverError as error:
             return error
         return None

@@ -30,6 +30,10 @@ _LONGEST_READ: Final = MIB
 _LONGEST_GAP: Final = 4 * KIB
 """Between packed clusters that are read together."""
 
+_LONG: Final = 128 * KIB
+"""Who wants so much in a row is on the way through the whole image: the page cache would cost more
+than it gives.  Others come back to what lies near."""
+
 _MOST_THREADS: Final = 4
 
 
@@ -104,8 +108,15 @@ class Unpacker:
 
     def _read(self, runs: Sequence[Sequence[_Job]]) -> None:
         """Fetch the packed bytes: each run in one piece, all of them side by side."""
-        transfers = [self._transfer(run) for run in runs]
-        failures = self._host.read_transfers(transfers)
+        short = [run for run in runs if _length(run) < _LONG]
+        self._fetch(short, cached=True)
+        self._fetch([run for run in runs if _length(run) >= _LONG], cached=False)
+
+    def _fetch(self, runs: Sequence[Sequence[_Job]], *, cached: bool) -> None:
+        # Past the page cache only whole sectors can be read; packed clusters begin anywhere.
+        unit = 1 if cached else self._host.alignment.offset
+        transfers = [_transfer(run, unit) for run in runs]
+        failures = self._host.read_transfers(transfers, cached=cached)
         for run, transfer, failure in zip(runs, transfers, failures, strict=True):
             if failure is None:
                 (data,) = transfer.buffers
@@ -116,14 +127,6 @@ class Unpacker:
                 run[0].packed = failure
             else:
                 self._read([[job] for job in run])
-
-    def _transfer(self, run: Sequence[_Job]) -> Transfer:
-        """As the host reads it past the page cache: packed clusters begin and end anywhere."""
-        unit = self._host.alignment.offset
-        start, end = run[0].offset, max(job.end for job in run)
-        start -= start % unit
-        end += -end % unit
-        return Transfer(start, [aligned_buffer(end - start, PAGE)])
 
     def _unpack(self, job: _Job) -> None:
         if isinstance(job.packed, DriverError):
@@ -163,6 +166,18 @@ def _runs(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
         end = max(end, job.end)
     if run:
         yield run
+
+
+def _length(run: Sequence[_Job]) -> int:
+    return max(job.end for job in run) - run[0].offset
+
+
+def _transfer(run: Sequence[_Job], unit: int) -> Transfer:
+    """All of a run, in whole units."""
+    start, end = run[0].offset, run[0].offset + _length(run)
+    start -= start % unit
+    end += -end % unit
+    return Transfer(start, [aligned_buffer(end - start, PAGE)])
 
 
 def _in_parallel(jobs: Sequence[_Job], work: Callable[[_Job], None]) -> None:
