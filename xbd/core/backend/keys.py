@@ -5,9 +5,9 @@ The backend directory is the toolstack's and trusted; the frontend's is the gues
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
 import attrs
 
@@ -75,11 +75,12 @@ class OwnKeys:
         return self.hotplug_status == "connected" or bool(self.physical_device_path)
 
 
+_CHANGING: Final = ("state", "online", "hotplug-status", "physical-device-path")
+"""What is written after a device was made; for anything else the toolstack makes it anew."""
+
 _OWN_NAMES: Final = (
     "frontend",
     "frontend-id",
-    "state",
-    "online",
     "params",
     "mode",
     "dev",
@@ -88,13 +89,8 @@ _OWN_NAMES: Final = (
     "removable",
     "discard-enable",
     "direct-io-safe",
-    "hotplug-status",
-    "physical-device-path",
+    *_CHANGING,
 )
-
-
-_CHANGING: Final = ("state", "online", "hotplug-status", "physical-device-path")
-"""What is written after a device was made; for anything else the toolstack makes it anew."""
 
 
 async def _read_names(store: StoreReader, path: str, names: Sequence[str]) -> dict[str, str | None]:
@@ -102,18 +98,20 @@ async def _read_names(store: StoreReader, path: str, names: Sequence[str]) -> di
     return dict(zip(names, values, strict=True))
 
 
+def _changing(values: Mapping[str, str | None]) -> dict[str, Any]:
+    """The fields of `OwnKeys` that these are."""
+    return {
+        "state": parse_state(values["state"] or "") or XenbusState.UNKNOWN,
+        "online": values["online"] != "0",
+        "hotplug_status": values["hotplug-status"] or "",
+        "physical_device_path": values["physical-device-path"] or "",
+    }
+
+
 async def read_again(store: StoreReader, path: str, own: OwnKeys) -> OwnKeys | None:
     """As `read_own`, of what may have changed since then."""
     values = await _read_names(store, path, _CHANGING)
-    if values["state"] is None:
-        return None
-    return attrs.evolve(
-        own,
-        state=parse_state(values["state"]) or XenbusState.UNKNOWN,
-        online=values["online"] != "0",
-        hotplug_status=values["hotplug-status"] or "",
-        physical_device_path=values["physical-device-path"] or "",
-    )
+    return None if values["state"] is None else attrs.evolve(own, **_changing(values))
 
 
 async def read_own(store: StoreReader, path: str) -> OwnKeys | None:
@@ -125,8 +123,6 @@ async def read_own(store: StoreReader, path: str) -> OwnKeys | None:
     return OwnKeys(
         frontend=frontend,
         frontend_id=Domid(frontend_id),
-        state=parse_state(values["state"]) or XenbusState.UNKNOWN,
-        online=values["online"] != "0",
         params=values["params"] or "",
         mode=values["mode"] or "",
         dev=values["dev"] or "",
@@ -135,8 +131,7 @@ async def read_own(store: StoreReader, path: str) -> OwnKeys | None:
         removable=values["removable"] == "1",
         discard_enable=values["discard-enable"] != "0",
         direct_io_safe=values["direct-io-safe"] == "1",
-        hotplug_status=values["hotplug-status"] or "",
-        physical_device_path=values["physical-device-path"] or "",
+        **_changing(values),
     )
 
 
@@ -168,10 +163,6 @@ async def read_frontend(
         )
     order = await _ring_order(keys, features.max_ring_order)
     prefixes = [""] if queue_count == 1 else [f"queue-{i}/" for i in range(queue_count)]
-    if queue_count > 1 or order:
-        pages = [""] if order is None else range(1 << order)
-        refs = [f"{prefix}ring-ref{page}" for prefix in prefixes for page in pages]
-        await keys.fetch([*refs, *(f"{prefix}event-channel" for prefix in prefixes)])
     queues = [await _read_queue(keys, prefix, order) for prefix in prefixes]
     _refuse_twins(queues)
     wants_persistent = await keys.number("feature-persistent", default=0) == 1
@@ -205,9 +196,10 @@ class _FrontendKeys:
         self._fetched: dict[str, str | None] = {}
 
     async def fetch(self, names: Sequence[str]) -> None:
-        """Read them together; where one can't be read, each one tells for itself later."""
+        """Read together what is not yet; where that fails, each one tells for itself later."""
+        missing = [name for name in names if name not in self._fetched]
         with suppress(StoreError):
-            self._fetched |= await _read_names(self._store, self._path, names)
+            self._fetched |= await _read_names(self._store, self._path, missing)
 
     async def text(self, name: str) -> str | None:
         if name in self._fetched:
@@ -251,12 +243,13 @@ async def _ring_order(keys: _FrontendKeys, max_order: int) -> int | None:
 
 
 async def _read_queue(keys: _FrontendKeys, prefix: str, order: int | None) -> QueueConfig:
-    if order is None:
-        refs = [await keys.number(f"{prefix}ring-ref")]
-    elif order == 0:
+    pages: Sequence[int | str] = [""] if order is None else range(1 << order)
+    names = [f"{prefix}ring-ref{page}" for page in pages]
+    await keys.fetch([*names, f"{prefix}event-channel"])
+    if order == 0:
         refs = [await _first_ref(keys, prefix)]
     else:
-        refs = [await keys.number(f"{prefix}ring-ref{i}") for i in range(1 << order)]
+        refs = [await keys.number(name) for name in names]
     if len(set(refs)) != len(refs):
         raise BadNegotiation(f"{prefix or 'the ring'} names a page twice")
     port = await keys.number(f"{prefix}event-channel")
