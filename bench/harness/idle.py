@@ -135,7 +135,6 @@ class IdlePart(Part):
             stored, figures["store_seconds"] = self._stored(backend, keys)
         except XbdError as error:
             raise RunFailed(str(error)) from None
-        figures["own_start_seconds"] = figures["start_seconds"] - figures["store_seconds"]
         figures["kib_per_disk_with_store"] = grown / DISKS
         figures["kib_per_disk"] = (grown - stored) / DISKS
         return figures
