@@ -236,7 +236,7 @@ async def test_bad_devices_are_caught(
 ) -> None:
     with pytest.raises(Exception) as caught:  # noqa: PT011
         # As many as it takes where chance has to find it.
-        await check_block_device(maker(wrap), examples=1000 if check == "random" else 5)
+        await check_block_device(maker(wrap), examples=1000 if check == "random" else 30)
     assert any(f"check {check!r}" in note for note in caught.value.__notes__), caught.value
 
 

@@ -98,7 +98,7 @@ def test_batches_that_end_in_another_order_are_a_streak(image: Image, path: Path
 
 def test_writes_here_and_there_link_nothing_else(image: Image, path: Path) -> None:
     writer = Writer(image)
-    # Every third place, so that none continues another one.
+    # So far apart that none continues another one.
     clusters = list(range(0, SIZE // CLUSTER, 40))
     random.Random(2).shuffle(clusters)
     for number in clusters:
