@@ -184,3 +184,22 @@ def test_snapshots_of_encrypted_images_need_no_key(tmp_path: Path) -> None:
     create_snapshot(path, "one")
     options = f"driver=qcow2,encrypt.key-secret=s,file.filename={path}"
     assert "one" in qemu("qemu-img", "snapshot", *secret, "--image-opts", "-l", options)
+
+
+def test_what_was_just_packed_is_read_past_the_page_cache(tmp_path: Path) -> None:
+    path = tmp_path / "image.qcow2"
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", path, str(SIZE))
+    image = open_image(path, Wishes(writable=True, direct=True))
+    assert image.data_host.direct
+    filled = Filled(path, image)
+    cluster = image.header.cluster_size
+    chance = random.Random(3)
+    for number in range(SIZE // cluster):
+        half = chance.randbytes(cluster // 2)
+        filled.write(filled.packing, (number * cluster, half.ljust(cluster)))
+        image.clusters.clear()
+        found = bytearray((number + 1) * cluster)  # long runs, whose ends are not on the disk yet
+        image.readv(0, [memoryview(found)])
+        assert found == filled.model[: len(found)]
+    assert image.packed_until > SIZE // 2
+    filled.finish()

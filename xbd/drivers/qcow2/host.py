@@ -3,6 +3,8 @@
 Metadata goes through the page cache, where a write is outside this process at once and survives
 its death; `flush` makes it durable.  Data goes past the page cache where the file was opened so.
 The two never touch the same page: `open_host` allows direct I/O only for clusters of whole pages.
+But packed clusters, which are written as metadata are, may be read either way: the kernel writes a
+page out before it is read past the cache.
 """
 
 from __future__ import annotations
