@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import subprocess
-from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -142,16 +141,16 @@ def test_what_was_linked_before_the_host_failed_has_moved(
     cluster, image = filled.image.header.cluster_size, filled.image
     pieces = [(n * cluster, chance.randbytes(cluster)) for n in range(4)]
     filled.write(filled.plain, *pieces)
-    store, stored = Tables.store, 0
+    change, changes = Tables.change, 0
 
-    def fail(self: Tables, index: int, table: array[int], words: Iterable[int]) -> None:
-        nonlocal stored
-        stored += 1
-        if stored == 3:
+    def fail(self: Tables, index: int, words: Mapping[int, int]) -> None:
+        nonlocal changes
+        changes += 1
+        if changes == 3:
             raise DriverError("no")
-        store(self, index, table, words)
+        change(self, index, words)
 
-    monkeypatch.setattr(Tables, "store", fail)
+    monkeypatch.setattr(Tables, "change", fail)
     new = [text(chance, cluster) for _ in pieces]
     requests = [WriteRequest(at, [memoryview(bytearray(data))]) for at, data in pieces]
     for request, data in zip(requests, new, strict=True):

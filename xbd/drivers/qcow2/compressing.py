@@ -6,7 +6,6 @@ count is that of the compressed clusters with bytes in it.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from typing import Final
 
@@ -17,7 +16,6 @@ from xbd.core.driver.buffers import Cursor, gather, total
 from xbd.drivers.qcow2 import layout
 from xbd.drivers.qcow2.errors import CorruptImage
 from xbd.drivers.qcow2.image import Image
-from xbd.drivers.qcow2.tables import changed_words
 from xbd.drivers.qcow2.writing import Writer, WriteRequest, given_up, writable_l2
 
 _SHARED_AT_LEAST: Final = 2
@@ -160,17 +158,17 @@ class CompressedWriter:
         image, tables = self._image, self._image.tables
         width = 2 if tables.extended else 1
         index, place = divmod(one.cluster, tables.l2_entries)
-        table = array("Q", writable_l2(image, index))
+        table = writable_l2(image, index)
         entry = layout.compressed_entry(one.host, len(one.data), tables.bits)
         gone = given_up(image, table[width * place], entry)
         image.require_data(gone)
-        table[width * place] = entry
+        words = {width * place: entry}
         if tables.extended:
-            table[2 * place + 1] = 0
+            words[2 * place + 1] = 0
         moved.append((one.cluster << tables.bits, tables.cluster_size))
         one.kept = True
         try:
-            tables.store(index, table, changed_words([place], width))
+            tables.change(index, words)
         except DriverError:
             # What does the table name now?  If it can't be read, nothing is given up.
             there = tables.l2(index)

@@ -23,7 +23,6 @@ from xbd.drivers.qcow2.opening import Wishes, open_image
 from xbd.drivers.qcow2.refcounts import runs
 from xbd.drivers.qcow2.secrets import read_secret
 from xbd.drivers.qcow2.sizing import set_size, size_problem
-from xbd.drivers.qcow2.tables import changed_words
 from xbd.drivers.qcow2.writing import Writer, writable_l2
 from xbd.drivers.qcow2.zeroing import Zeroer
 
@@ -135,14 +134,14 @@ class _Preallocation:
             for place in range(start - first, stop - first)
             if not tables.has_host(table[words * place])
         ]
+        # Zeroes in the file are no zeroes once they are decrypted.
+        flags = COPIED | (ZERO if self._image.cipher is not None and not tables.extended else 0)
+        changes = {}
         for place, host in zip(places, self._clusters(first, places), strict=True):
+            changes[words * place] = host | flags
             if tables.extended:
-                table[2 * place], table[2 * place + 1] = host | COPIED, ALL_ZERO
-            else:
-                # Zeroes in the file are no zeroes once they are decrypted.
-                encrypted = self._image.cipher is not None
-                table[place] = host | COPIED | (ZERO if encrypted else 0)
-        tables.store(index, table, changed_words(places, words))
+                changes[2 * place + 1] = ALL_ZERO
+        tables.change(index, changes)
 
     def _clusters(self, first: int, places: list[int]) -> Iterator[int]:
         """Host offsets for these clusters; what lies there are zeroes."""

@@ -12,7 +12,7 @@ import enum
 import sys
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 import attrs
@@ -129,29 +129,27 @@ class Tables:
         """Tables were changed behind the cache's back."""
         self._cache.clear()
 
-    def store(self, index: int, table: array[int], words: Iterable[int]) -> None:
-        """Write the sectors of an L2 table in which these words lie, and keep the table.
+    def change(self, index: int, words: Mapping[int, int]) -> None:
+        """Write the sectors of an L2 table with these words changed, and keep it so.
 
         If the host refuses, the table in memory becomes what the host has.
         """
-        offset = self.l2_offset(index)
+        offset, old = self.l2_offset(index), self.l2(index)
+        assert old is not None, "there is no table to change"
+        # Who looks without the lock sees a word before or after; two words belong together.
+        table = array("Q", old) if self.extended else old
         try:
-            self._write_sectors(offset, table, words)
+            for start, stop, changed in _sectors(words):
+                part = old[start:stop]
+                for word in changed:
+                    part[word - start] = words[word]
+                self._host.write(offset + start * 8, pack_table(part))
         except DriverError:
             self._cache.pop(offset, None)
             raise
+        for word, value in words.items():
+            table[word] = value
         self.keep(offset, table)
-
-    def _write_sectors(self, offset: int, table: array[int], words: Iterable[int]) -> None:
-        sectors = sorted({word // SECTOR_WORDS for word in words})
-        first = 0
-        while first < len(sectors):
-            last = first
-            while last + 1 < len(sectors) and sectors[last + 1] == sectors[last] + 1:
-                last += 1
-            start, stop = sectors[first] * SECTOR_WORDS, (sectors[last] + 1) * SECTOR_WORDS
-            self._host.write(offset + start * 8, pack_table(table, start, stop))
-            first = last + 1
 
     def set_l1(self, index: int, entry: int) -> None:
         """Write and change one L1 entry."""
@@ -288,6 +286,17 @@ def _continues(last: Piece, piece: Piece) -> bool:
     return piece.kind is not Kind.COMPRESSED
 
 
-def changed_words(places: Sequence[int], words_per_entry: int) -> list[int]:
-    """The words of these entries."""
-    return [place * words_per_entry + word for place in places for word in range(words_per_entry)]
+def _sectors(words: Iterable[int]) -> Iterator[tuple[int, int, list[int]]]:
+    """The words, in order, by runs of whole sectors: first word, the one behind, which of them."""
+    found: list[int] = []
+    for word in sorted(words):
+        if found and word // SECTOR_WORDS > found[-1] // SECTOR_WORDS + 1:
+            yield (*_whole(found), found)
+            found = []
+        found.append(word)
+    if found:
+        yield (*_whole(found), found)
+
+
+def _whole(words: Sequence[int]) -> tuple[int, int]:
+    return words[0] - words[0] % SECTOR_WORDS, words[-1] - words[-1] % SECTOR_WORDS + SECTOR_WORDS

@@ -13,7 +13,7 @@ from xbd.core.driver import DriverError
 from xbd.drivers.qcow2.errors import CorruptImage
 from xbd.drivers.qcow2.image import Image
 from xbd.drivers.qcow2.layout import ALL_ZERO, COMPRESSED, COPIED, ZERO
-from xbd.drivers.qcow2.tables import Kind, changed_words
+from xbd.drivers.qcow2.tables import Kind
 from xbd.drivers.qcow2.writing import Writer, WriteRequest, given_up, writable_l2
 
 _MOST_ZEROES = 1 << 20
@@ -150,28 +150,24 @@ class Zeroer:
             change(table, (start >> tables.bits) % tables.l2_entries, (2 << last) - (1 << first))
             start = stop
         width = 2 if tables.extended else 1
-        changed = [
-            place
-            for place in range(tables.l2_entries)
-            if table[place * width : (place + 1) * width]
-            != before[place * width : (place + 1) * width]
-        ]
-        self._image.require_data(sorted(self._given_up(before, table, changed)))
+        words = [word for word, old in enumerate(before) if table[word] != old]
+        changed = sorted({word // width for word in words})
+        gone = list(self._given_up(before, table, changed))
+        self._image.require_data(sorted(gone))
         try:
-            tables.store(index, table, changed_words(changed, width))
+            tables.change(index, {word: table[word] for word in words})
         except DriverError:
-            # Some of it may have been written.
-            self._release(before, tables.l2(index) or before, changed)
+            # Some of it may have been written; if it can't be read, nothing is given up.
+            gone = []
+            gone.extend(self._given_up(before, tables.l2(index) or before, changed))
             raise
-        self._release(before, table, changed)
-
-    def _release(self, before: array[int], after: array[int], places: Sequence[int]) -> None:
-        """Give up what these entries name no longer."""
-        self._image.refcounts.release(self._given_up(before, after, places))
+        finally:
+            self._image.refcounts.release(gone)
 
     def _given_up(
         self, before: array[int], after: array[int], places: Sequence[int]
     ) -> Iterator[int]:
+        """Host clusters that these entries name no longer."""
         width = 2 if self._tables.extended else 1
         for place in places:
             old, new = before[place * width], after[place * width]
