@@ -183,6 +183,17 @@ class NeverInvalidates(Wrapper):
         self.inner = self.moved
 
 
+class PlacesOverOthers(Wrapper):
+    """Finds a place for what has one already, and empties it."""
+
+    def can_place(self, offset: int, length: int) -> bool:
+        return True
+
+    async def place(self, extents: Sequence[Extent]) -> None:
+        for extent in extents:
+            await self.inner.write_zeroes(extent.offset, extent.length, may_unmap=False)
+
+
 class ClaimsTooMuch(Wrapper):
     capabilities = ALL_CAPABILITIES
 
@@ -225,6 +236,7 @@ class IsVolatile(Wrapper):
         (ForgetsTheLastBlock, "writing"),
         (ResolvesWrongly, "read_only"),
         (NeverInvalidates, "random"),
+        (PlacesOverOthers, "random"),
         (ClaimsTooMuch, "read_only"),
         (ClosesOnce, "promises"),
         (RaisesAnything, "writing"),

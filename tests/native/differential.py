@@ -205,6 +205,21 @@ class Spread(Dawdling):
         await super().aclose()
 
 
+class Placing(Spread):
+    """Finds places before it is written to, for most units."""
+
+    def can_place(self, offset, length):
+        return any(fd < 0 for fd, _, _, _ in self._pieces(offset, length))
+
+    async def place(self, extents):
+        await self._begin(Capability.WRITE, 0, 0)
+        for extent in extents:
+            first, last = extent.offset, extent.offset + extent.length - 1
+            for number in range(first // self._unit, last // self._unit + 1):
+                if number % 5:
+                    self._allocate_unit(number)
+
+
 KINDS = {
     "everything": Dawdling,
     "nothing": Dawdling,
@@ -212,9 +227,10 @@ KINDS = {
     "failing": Failing,
     "parts": Spread,
     "in several files": Spread,
+    "placed": Placing,
 }
 DEVICES = tuple(KINDS)
-SPLITTING = ("failing", "parts", "in several files")
+SPLITTING = ("failing", "parts", "in several files", "placed")
 """Requests to these may be moved in several pieces, in any order."""
 
 
@@ -546,9 +562,9 @@ def _make_device(scenario: Scenario) -> MemoryDevice:
     common = {"geometry": geometry, "writable": not scenario.read_only}
     content = _noise(scenario.seed, scenario.size)
     kind = KINDS[scenario.device]
-    if kind is Spread:
+    if issubclass(kind, Spread):
         several = scenario.device == "in several files"
-        spread = Spread(
+        spread = kind(
             scenario.size,
             unit=scenario.unit,
             files=3 if several else 1,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 
 import attrs
 import structlog
@@ -40,7 +41,7 @@ from xbd.core.datapath.extents import ExtentCache, Piece
 from xbd.core.datapath.journal import Journal, OpenRequest
 from xbd.core.datapath.pages import GuestPages, Work
 from xbd.core.driver import DeviceAccess, Extent
-from xbd.core.errors import BadRequest, Disposition, GrantFailed, XbdError
+from xbd.core.errors import BadRequest, Disposition, DriverError, GrantFailed, XbdError
 from xbd.core.hypervisor import EventChannel
 from xbd.core.ratelimit import RateLimit
 
@@ -75,6 +76,9 @@ class RingServer:
     """Where upcalls run; set before `run`."""
     _open: dict[int, Request | Work] = attrs.field(factory=dict, init=False)
     """Requests that were set off and have no answer yet, by journal slot."""
+    _unplaced: list[Work] = attrs.field(factory=list, init=False)
+    """Writes for which the driver may find a place."""
+    _placing: bool = attrs.field(default=False, init=False)
     _ended: list[Work] = attrs.field(factory=list, init=False)
     """Upcalls that are about to be answered together."""
     _backlog: deque[Item] = attrs.field(factory=deque, init=False)
@@ -266,21 +270,30 @@ class RingServer:
             request = work.request
             if request.barrier or request.flush or not self._fits(work):
                 self.nursery.start_soon(self._upcall, work)
-                continue
-            fd, position, pieces = self._find(request)
-            if fd >= 0:
-                self.engine.start(self, work, fd, position)
-            elif pieces:
-                self.engine.start_split(self, work, pieces)
+            elif self._send(work):
+                queued = True
+            elif request.write and self.access.can_place(request.offset, request.length):
+                if not self._unplaced and not self._placing:
+                    self.nursery.start_soon(self._place)
+                self._unplaced.append(work)
             else:
                 self.nursery.start_soon(self._upcall, work)
-                continue
-            work.direct = True
-            queued = True
         if failed:
             self._answer(failed)
         if queued:
             self.engine.kick()
+
+    def _send(self, work: Work) -> bool:
+        """Have the engine move a transfer, if all of it is known; `kick` it afterwards."""
+        fd, position, pieces = self._find(work.request)
+        if fd >= 0:
+            self.engine.start(self, work, fd, position)
+        elif pieces:
+            self.engine.start_split(self, work, pieces)
+        else:
+            return False
+        work.direct = True
+        return True
 
     def _find(self, request: Transfer) -> tuple[int, int, Sequence[Piece]]:
         """Where all of a transfer lies: the file and the place in it; or -1, and the pieces that
@@ -321,6 +334,25 @@ class RingServer:
             return _rejected(request, str(error))
 
     # -- upcalls ----------------------------------------------------------------------------
+
+    async def _place(self) -> None:
+        """Have the driver find places for writes, for all that wait for one at a time."""
+        self._placing = True
+        try:
+            while works := self._unplaced:
+                self._unplaced = []
+                requests = [work.request for work in works]
+                ranges = [Extent(offset=one.offset, length=one.length) for one in requests]
+                with suppress(DriverError):  # writing says what is wrong
+                    await self.access.place(ranges)
+                if self.engine.closing:
+                    return
+                for work in works:
+                    if not self._send(work):
+                        self.nursery.start_soon(self._upcall, work)
+                self.engine.kick()
+        finally:
+            self._placing = False
 
     async def _upcall(self, work: Work) -> None:
         """A transfer through the driver's async methods.  Raises what closes the device."""

@@ -332,6 +332,25 @@ class DeviceAccess:
         limit = self._ranges.first_exclusive(offset, reach)
         return answer if limit is None else _cut(answer, limit - offset)
 
+    def can_place(self, offset: int, length: int) -> bool:
+        """Whether `place` is of use for this range: see `BlockDevice.can_place`."""
+        if self._closed or self._condemned is not None or Capability.WRITE not in self.capabilities:
+            return False
+        try:
+            return self._device.can_place(offset, length)
+        except Exception as error:
+            self._failure("placing", offset, offset + length, error)
+            return False
+
+    async def place(self, extents: Sequence[Extent]) -> None:
+        """Have `resolve` know more of these ranges for writing: see `BlockDevice.place`."""
+        self._require(Capability.WRITE, "written", errno.EROFS)
+        low = min(extent.offset for extent in extents)
+        high = max(extent.offset + extent.length for extent in extents)
+        async with self._ranges.hold(low, high, exclusive=False):
+            self._check(low, high)  # the disk may have shrunk while we waited
+            await self._call("placing", low, high, partial(self._device.place, extents))
+
     def subscribe(self, listener: Invalidate) -> None:
         """Have `listener` awaited whenever answers of `resolve` become invalid."""
         self._listeners.append(listener)

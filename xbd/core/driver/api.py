@@ -168,6 +168,22 @@ class BlockDevice(abc.ABC):
         """
         return None
 
+    def can_place(self, offset: int, length: int) -> bool:
+        """Whether `place` would have `resolve` know more of this range for writing.
+
+        No I/O and no waiting; it is asked when `resolve` knew less than all of it.
+        """
+        return False
+
+    async def place(self, extents: Sequence[Extent]) -> None:
+        """Find places for what lies nowhere yet: `resolve` knows them for writing on return.
+
+        Nothing that is read changes by that, also if there is a crash at any time until the extents
+        are written to, and after it.  They may begin and end anywhere.  What can't be placed
+        stays as it is: `writev` is called for that.
+        """
+        raise NotImplementedError
+
     @abc.abstractmethod
     async def aclose(self) -> None:
         """Release everything.  Idempotent, called shielded from cancellation, implies no flush."""

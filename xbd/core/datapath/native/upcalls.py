@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import attrs
@@ -16,7 +16,14 @@ from xbd.core.datapath.config import DiskStats
 from xbd.core.datapath.native import ffi, lib
 from xbd.core.datapath.native.extents import NativeExtents
 from xbd.core.driver import DeviceAccess, Extent
-from xbd.core.errors import DeviceBroken, Disposition, GuestError, RingCorrupt, XbdError
+from xbd.core.errors import (
+    DeviceBroken,
+    Disposition,
+    DriverError,
+    GuestError,
+    RingCorrupt,
+    XbdError,
+)
 from xbd.core.ratelimit import RateLimit
 
 _log = structlog.get_logger()
@@ -60,6 +67,9 @@ class Upcalls:
     _tickets: int = attrs.field(default=0, init=False)
     _ended: list[tuple[int, int]] = attrs.field(factory=list, init=False)
     """Requests that are about to be answered together, and their status."""
+    _unplaced: list[_Asked] = attrs.field(factory=list, init=False)
+    """Writes for which the driver may find a place."""
+    _placing: bool = attrs.field(default=False, init=False)
     _under_way: int = attrs.field(default=0, init=False)
     _events: Any = attrs.field(init=False)
     _wake_fd: int = attrs.field(init=False)
@@ -98,7 +108,7 @@ class Upcalls:
 
     async def _woken(self) -> None:
         await trio.lowlevel.wait_readable(self._wake_fd)
-        with contextlib.suppress(BlockingIOError):
+        with suppress(BlockingIOError):
             os.read(self._wake_fd, 8)
 
     def _fetch(self) -> int:
@@ -141,7 +151,8 @@ class Upcalls:
 
     def _request(self, event: Any, found: list[int]) -> None:
         write = event.operation != constants.READ
-        if event.resolvable and self.extents.learn(event.offset, event.length, for_write=write):
+        resolvable = event.resolvable
+        if resolvable and self.extents.learn(event.offset, event.length, for_write=write):
             found.append(event.request)
             return
         asked = _Asked(
@@ -153,8 +164,39 @@ class Upcalls:
             event.nr_buffers,
             event.read_only,
         )
+        if resolvable and write and self.access.can_place(asked.offset, asked.length):
+            if not self._unplaced and not self._placing:
+                self.nursery.start_soon(self._place)
+            self._unplaced.append(asked)
+            return
+        self._begin(asked)
+
+    def _begin(self, asked: _Asked) -> None:
         self._under_way += 1
         self.nursery.start_soon(self._carry_out, asked)
+
+    async def _place(self) -> None:
+        """Have the driver find places for writes, for all that wait for one at a time."""
+        self._placing = True
+        try:
+            while asked := self._unplaced:
+                self._unplaced = []
+                ranges = [Extent(offset=one.offset, length=one.length) for one in asked]
+                with suppress(DriverError):  # writing says what is wrong
+                    await self.access.place(ranges)
+                self._placed(asked)
+        finally:
+            self._placing = False
+
+    def _placed(self, asked: Sequence[_Asked]) -> None:
+        found = []
+        for one in asked:
+            if self.extents.learn(one.offset, one.length, for_write=True):
+                found.append((one.request, lib.XBD_TRY_AGAIN, _OKAY))
+            else:
+                self._begin(one)
+        if found:
+            self._answer(found)
 
     # -- the driver's methods ---------------------------------------------------------------
 

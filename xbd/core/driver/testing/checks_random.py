@@ -22,7 +22,18 @@ from xbd.core.driver.testing.bench import (
     write_host,
 )
 
-_KINDS: Final = ("write", "write", "read", "zero", "unmap", "discard", "flush", "resolve", "direct")
+_KINDS: Final = (
+    "write",
+    "write",
+    "read",
+    "zero",
+    "unmap",
+    "discard",
+    "flush",
+    "resolve",
+    "place",
+    "direct",
+)
 
 Step = tuple[str, int, int, int]
 """Kind, place and length (both in units, taken modulo the span), seed."""
@@ -102,6 +113,9 @@ class _Player:
             assert await read(self.access, start, end - start) == self.model[start:end]
         elif kind == "flush":
             await self.access.flush()
+        elif kind == "place":
+            if self.access.can_place(offset, length):
+                await self.access.place([Extent(offset=offset, length=length)])
         elif kind == "resolve":
             self.resolve(offset, length, for_write=bool(seed % 2))
         elif can(self.access, Capability.WRITE):
@@ -117,6 +131,8 @@ class _Player:
             self.model[part] = bytes(length)
             await self.access.write_zeroes(offset, length, may_unmap=kind == "unmap")
         elif kind == "direct":
+            if self.access.can_place(offset, length):
+                await self.access.place([Extent(offset=offset, length=length)])
             self.resolve(offset, length, for_write=True)
             for start, for_write, extents in self.answers:
                 if for_write and start == offset:

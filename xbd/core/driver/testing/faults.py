@@ -24,6 +24,7 @@ OPERATIONS: Final = frozenset(
         "resize",
         "create_snapshot",
         "block_status",
+        "place",
         "aclose",
     }
 )
@@ -121,6 +122,13 @@ class FaultDevice(Wrapper):
         if self.faults:
             return None
         return super().resolve(offset, length, for_write=for_write)
+
+    async def place(self, extents: Sequence[Extent]) -> None:
+        late = []
+        for extent in extents:
+            late += await self._meet("place", extent.offset, extent.length)
+        await super().place(extents)
+        _raise(late)
 
     async def aclose(self) -> None:
         late = await self._meet("aclose", 0, 0)

@@ -113,6 +113,9 @@ class RecordingDevice(Wrapper):
     def resolve(self, offset: int, length: int, *, for_write: bool) -> Sequence[HostExtent] | None:
         return None if for_write else super().resolve(offset, length, for_write=False)
 
+    def can_place(self, offset: int, length: int) -> bool:
+        return False
+
 
 def _apply(image: bytearray, entry: Write | Flush) -> None:
     if isinstance(entry, Write):

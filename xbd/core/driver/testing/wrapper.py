@@ -55,5 +55,11 @@ class Wrapper(BlockDevice):
     def resolve(self, offset: int, length: int, *, for_write: bool) -> Sequence[HostExtent] | None:
         return self.inner.resolve(offset, length, for_write=for_write)
 
+    def can_place(self, offset: int, length: int) -> bool:
+        return self.inner.can_place(offset, length)
+
+    async def place(self, extents: Sequence[Extent]) -> None:
+        await self.inner.place(extents)
+
     async def aclose(self) -> None:
         await self.inner.aclose()

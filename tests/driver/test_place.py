@@ -1,0 +1,121 @@
+"""Places for what lies nowhere yet: the layer over drivers, and the manual's example."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xbd.core.driver import Concurrency, Extent, MediaError, Unsupported
+from xbd.core.driver.access import DeviceAccess
+from xbd.core.driver.testing import MemoryDevice, check_block_device
+from xbd.core.errors import DeviceBroken, DriverError
+
+ROOT = Path(__file__).parents[2]
+MANUAL = ROOT / "docs" / "driver-authors.md"
+CHUNKS = ROOT / "tests" / "packages" / "xbd-driver-chunks"
+SIZE = 1 << 20
+
+
+class Placing(MemoryDevice):
+    error: Exception | None = None
+    asked = 0
+
+    def can_place(self, offset: int, length: int) -> bool:
+        self.asked += 1
+        if self.error is not None:
+            raise self.error
+        return True
+
+    async def place(self, extents: Sequence[Extent]) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+@asynccontextmanager
+async def opened(*, writable: bool = True) -> AsyncIterator[tuple[Placing, DeviceAccess]]:
+    device = Placing(SIZE, writable=writable)
+    access = DeviceAccess(
+        device, device_id="disk", concurrency=Concurrency.PARALLEL, writable=writable
+    )
+    yield device, access
+    await access.aclose()
+
+
+SOME = [Extent(offset=0, length=512), Extent(offset=8192, length=1)]
+
+
+async def test_what_may_be_written_may_be_placed() -> None:
+    async with opened() as (_, access):
+        assert access.can_place(0, 512)
+        await access.place(SOME)
+    assert not access.can_place(0, 512)
+    with pytest.raises(DeviceBroken):
+        await access.place(SOME)
+
+
+async def test_nobody_asks_a_disk_that_is_not_written_to() -> None:
+    async with opened(writable=False) as (device, access):
+        assert not access.can_place(0, 512)
+        assert not device.asked
+        with pytest.raises(Unsupported):
+            await access.place(SOME)
+
+
+async def test_nobody_asks_a_condemned_disk() -> None:
+    async with opened() as (device, access):
+        access.condemn("for a test")
+        assert not access.can_place(0, 512)
+        assert not device.asked
+        with pytest.raises(DeviceBroken, match="for a test"):
+            await access.place(SOME)
+
+
+async def test_places_are_inside_the_disk() -> None:
+    async with opened() as (_, access):
+        with pytest.raises(DriverError, match="outside the disk"):
+            await access.place([*SOME, Extent(offset=SIZE - 512, length=513)])
+
+
+async def test_errors_are_told_and_bugs_counted() -> None:
+    async with opened() as (device, access):
+        device.error = MediaError("no")
+        with pytest.raises(MediaError, match="no"):
+            await access.place(SOME)
+        assert not access.bugs
+        device.error = RuntimeError("what?")
+        assert not access.can_place(0, 512)
+        assert access.bugs == 1
+        with pytest.raises(DriverError, match="bug in the driver"):
+            await access.place(SOME)
+        assert access.bugs == 2
+
+
+async def test_the_manuals_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(CHUNKS)
+    monkeypatch.delitem(sys.modules, "xbd_driver_chunks", raising=False)
+    import xbd_driver_chunks as chunks
+
+    found = re.search(r"<!-- place -->\n```python\n(.*?)```\n", MANUAL.read_text(), re.DOTALL)
+    assert found
+    names: dict[str, Any] = {"CHUNK": chunks.CHUNK}
+    exec(found[1], names)
+    called = 0
+
+    async def place(self: Any, extents: Sequence[Extent]) -> None:
+        nonlocal called
+        called += 1
+        await names["place"](self, extents)
+
+    monkeypatch.setattr(chunks.ChunkDevice, "can_place", names["can_place"])
+    monkeypatch.setattr(chunks.ChunkDevice, "place", place)
+    options = chunks.Options(path=tmp_path, size=(3 << 20) + 512)
+    make = partial(chunks.open_chunks, options=options)
+    await check_block_device(make, concurrency=chunks.DRIVER.concurrency)
+    assert called
