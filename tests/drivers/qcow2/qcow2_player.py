@@ -8,10 +8,12 @@ from collections.abc import Callable
 import attrs
 from qcow2_history import NEVER, SECTOR, ZEROES, History, Version, stamp
 
-from xbd.core.driver import DriverError
+from xbd.core.driver import DriverError, Extent
+from xbd.core.driver.buffers import total
 from xbd.drivers.qcow2 import snapshots
 from xbd.drivers.qcow2.compressing import CompressedWriter
 from xbd.drivers.qcow2.image import Image
+from xbd.drivers.qcow2.placing import Placer
 from xbd.drivers.qcow2.sizing import set_size, size_problem
 from xbd.drivers.qcow2.writing import Writer, WriteRequest
 from xbd.drivers.qcow2.zeroing import Zeroer
@@ -52,6 +54,7 @@ class Player:
         self.low = low
         self.high = image.size // SECTOR if high is None else high
         self.writer = Writer(image)
+        self.placer = None if compress else Placer(image)
         self.zeroer = Zeroer(image, self.writer)
         compressing = CompressedWriter(image, self.writer).write
         self._write = compressing if compress else self.writer.write
@@ -102,11 +105,21 @@ class Player:
             values = [stamp(self.number, sector) for sector in range(first, first + length)]
             begun = self.history.begin(first * SECTOR, values, self.place())
             requests.append((WriteRequest(first * SECTOR, self._buffers(values)), begun))
+        if self.chance.random() < 0.5:  # as before the core writes by itself
+            self._place([request for request, _ in requests])
         self._write([request for request, _ in requests])
         for request, begun in requests:
             if request.error is None:
                 History.end(begun, self.place())
             else:
+                self.failures += 1
+
+    def _place(self, requests: list[WriteRequest]) -> None:
+        ranges = [(request.offset, total(request.buffers)) for request in requests]
+        if self.placer is not None and any(self.placer.useful(*each) for each in ranges):
+            try:
+                self.placer.place([Extent(offset=at, length=size) for at, size in ranges])
+            except DriverError:
                 self.failures += 1
 
     def write_one(self, first: int, data: bytes) -> None:

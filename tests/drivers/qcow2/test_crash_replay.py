@@ -16,7 +16,7 @@ from qcow2_recipes import NAMED, Recipe, some
 from qcow2_tape import RecordingHost, some_fail
 
 from xbd.core.units import KIB
-from xbd.drivers.qcow2 import writing
+from xbd.drivers.qcow2 import placing
 
 SMALL = 128 * KIB
 """Of most disks: many states rather than large ones."""
@@ -58,7 +58,7 @@ def test_bitmaps_end_before_the_disk_changes(tmp_path: Path) -> None:
 def test_crashes_while_clusters_are_linked_ahead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, faulty: bool
 ) -> None:
-    monkeypatch.setattr(writing, "STREAK", 0)
+    monkeypatch.setattr(placing, "STREAK", 0)
     faults = some_fail if faulty else None
     recording = record(small(name), tmp_path, 9, steps=50, faults=faults, kinds="WWWUDFZ")
     Judge(recording, random.Random(9)).judge(2, places=50, reopen=0.05)

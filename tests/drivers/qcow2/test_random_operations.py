@@ -14,7 +14,7 @@ from qcow2_player import Player
 from qcow2_recipes import NAMED, assert_same
 
 from xbd.core.units import KIB
-from xbd.drivers.qcow2 import writing
+from xbd.drivers.qcow2 import placing
 from xbd.drivers.qcow2.image import Image
 from xbd.drivers.qcow2.opening import open_image
 
@@ -89,7 +89,7 @@ def in_threads(jobs: list[Callable[[], None]]) -> None:
 def test_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     name, _, ahead = name.partition(" ")
     if ahead:  # every write links more than it needs
-        monkeypatch.setattr(writing, "STREAK", 0)
+        monkeypatch.setattr(placing, "STREAK", 0)
     recipe = attrs.evolve(NAMED[name], size=256 * KIB)
     made = recipe.make(tmp_path)
     image = open_image(made.path, made.wishes(direct=True))

@@ -37,6 +37,7 @@ from xbd.drivers.qcow2.image import Image
 from xbd.drivers.qcow2.layout import SECTOR
 from xbd.drivers.qcow2.opening import Wishes, open_image
 from xbd.drivers.qcow2.options import Qcow2Options
+from xbd.drivers.qcow2.placing import Placer
 from xbd.drivers.qcow2.reading import ReadRequest
 from xbd.drivers.qcow2.secrets import read_secret
 from xbd.drivers.qcow2.sizing import set_size, size_problem
@@ -131,6 +132,7 @@ class Qcow2Device(BlockDevice):
         self._write = (
             CompressedWriter(image, self._writer).write if compress else self._writer.write
         )
+        self._placer = None if compress else Placer(image)
         self._discard = discard
         self._closed = False
         self._stopped = False
@@ -265,6 +267,17 @@ class Qcow2Device(BlockDevice):
         reach = max(length, SCAN_ENTRIES * self.image.tables.subcluster_size)
         extent = self.image.resolve(offset, reach, for_write=for_write)
         return None if extent is None else (extent,)
+
+    def can_place(self, offset: int, length: int) -> bool:
+        return self._placer is not None and not self._closed and self._placer.useful(offset, length)
+
+    async def place(self, extents: Sequence[Extent]) -> None:
+        if self._placer is not None:
+            try:
+                await self._run(self._placer.place, extents)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._stop_if_broken()
 
     async def aclose(self) -> None:
         if not self._closed:

@@ -8,9 +8,6 @@ L2 tables under it again.  Rules of order (what a crash may leave):
 * Where anything but zeroes is replaced, the new data is made durable before the L2 entry is
   written: the guest sees the old or the new content, never zeroes or another's bytes.
 * L2 entries are in the host's hands before a request is answered.
-
-Who writes one cluster after the other gets more of them linked than are written yet: they read as
-zeroes either way, and what comes next for them needs no new mapping.
 """
 
 from __future__ import annotations
@@ -30,19 +27,10 @@ from xbd.drivers.qcow2.errors import CorruptImage
 from xbd.drivers.qcow2.host import Transfer
 from xbd.drivers.qcow2.image import Image
 from xbd.drivers.qcow2.layout import ALL_ALLOCATED, COMPRESSED, COPIED, OFFSET_MASK, ZERO
-from xbd.drivers.qcow2.tables import changed_words, pack_table
+from xbd.drivers.qcow2.tables import pack_table
 
 _LONGEST_WRITE: Final = MIB
 """In bytes: longer ones are not faster."""
-
-STREAK: Final = MIB
-"""Bytes of clusters allocated one after the other, after which more are linked ahead."""
-
-MOST_AHEAD: Final = 4 * MIB
-"""In bytes: what is linked ahead at a time, and stays so where the streak ends."""
-
-_NEAR: Final = MIB
-"""In bytes: batches side by side don't end in the order of the disk."""
 
 
 @attrs.define(eq=False)
@@ -128,9 +116,6 @@ class Writer:
         self._tables = image.tables
         self._unit = image.tables.subcluster_size
         self._bits = image.header.cluster_bits
-        self._streak = 0
-        """Clusters allocated one after the other, and `_next` behind them."""
-        self._next = 0
 
     def write(self, requests: Sequence[WriteRequest]) -> list[tuple[int, int]]:
         """Write all; each request's `error` says how it went.
@@ -464,7 +449,6 @@ class Writer:
                     index = allocation.cluster // self._tables.l2_entries
                     done.setdefault(index, []).append(allocation)
             for index, allocations in done.items():
-                allocations += self._ahead(index, allocations)
                 try:
                     self._store(index, allocations)
                 except DriverError as error:
@@ -478,36 +462,6 @@ class Writer:
                         moved.append((allocation.cluster << self._bits, self._tables.cluster_size))
                     image.refcounts.release(allocation.release)
         return moved
-
-    def _ahead(self, index: int, allocations: Sequence[_Allocation]) -> list[_Allocation]:
-        """Clusters behind these that are to be linked with them, if this is a streak."""
-        image, tables = self._image, self._tables
-        numbers = [allocation.cluster for allocation in allocations]
-        if abs(min(numbers) - self._next) > max(1, _NEAR >> self._bits):
-            self._streak = 0
-        self._streak += len(numbers)
-        self._next = max(numbers) + 1
-        if self._streak << self._bits < STREAK or not self._reads_as_zeroes_anyway():
-            return []
-        count = min(self._streak, max(1, MOST_AHEAD >> self._bits), image.refcounts.in_store)
-        base = index * tables.l2_entries
-        stop = min(self._next + count, base + tables.l2_entries, -(-image.size >> self._bits))
-        table = tables.cached(index)
-        ahead = []
-        for number in range(self._next, stop):
-            if table is None or table[number - base] or number in image.allocating:
-                break
-            host = image.refcounts.take() << self._bits
-            ahead.append(_Allocation(number, host, zeroed=True, taken=True, fill=1))
-        self._streak += len(ahead)
-        self._next += len(ahead)
-        return ahead
-
-    def _reads_as_zeroes_anyway(self) -> bool:
-        """Whether a new cluster without data reads as one without mapping does."""
-        image = self._image
-        plain = image.backing is None and image.cipher is None and not self._tables.extended
-        return plain and image.data_host is image.host
 
     def _give_up(self, index: int, allocations: Sequence[_Allocation]) -> None:
         """The table could not be written, or not all of it: see which clusters it names now."""
@@ -536,8 +490,8 @@ class Writer:
 
     def _store(self, index: int, allocations: Sequence[_Allocation]) -> None:
         tables = self._tables
-        table = array("Q", writable_l2(self._image, index))
-        places = []
+        table = writable_l2(self._image, index)
+        words = {}
         for allocation in allocations:
             place = allocation.cluster % tables.l2_entries
             entry = allocation.host | COPIED
@@ -545,12 +499,11 @@ class Writer:
                 old, bitmap = table[2 * place], table[2 * place + 1]
                 if old & COMPRESSED:
                     bitmap = 0
-                table[2 * place] = entry
-                table[2 * place + 1] = bitmap & ~(allocation.fill << 32) | allocation.fill
+                words[2 * place] = entry
+                words[2 * place + 1] = bitmap & ~(allocation.fill << 32) | allocation.fill
             else:
-                table[place] = entry
-            places.append(place)
-        tables.store(index, table, changed_words(places, 2 if tables.extended else 1))
+                words[place] = entry
+        tables.change(index, words)
 
 
 def _join(writes: list[_Write]) -> list[list[_Write]]:

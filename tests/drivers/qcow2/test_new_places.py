@@ -1,7 +1,8 @@
-"""Who writes one cluster after the other finds the next ones linked already."""
+"""Places for clusters before they are written to; who writes one after the other gets more."""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +10,14 @@ from pathlib import Path
 import pytest
 from qcow2_walk import Walk, tool
 
-from xbd.core.driver import MediaError
+from xbd.core.driver import Extent, MediaError
 from xbd.core.units import KIB, MIB
-from xbd.drivers.qcow2 import writing
+from xbd.drivers.qcow2 import placing
+from xbd.drivers.qcow2.errors import CorruptImage
 from xbd.drivers.qcow2.image import Image
+from xbd.drivers.qcow2.layout import COPIED
 from xbd.drivers.qcow2.opening import Wishes, open_image
-from xbd.drivers.qcow2.writing import MOST_AHEAD, STREAK, Writer, WriteRequest
+from xbd.drivers.qcow2.placing import MOST_AHEAD, STREAK, Placer
 
 pytestmark = pytest.mark.usefixtures("no_power_cuts")
 
@@ -38,12 +41,27 @@ def image(path: Path) -> Iterator[Image]:
         image.close()
 
 
-def write(writer: Writer, offset: int, data: bytes) -> None:
-    request = WriteRequest(offset, [memoryview(data)])
-    moved = writer.write([request])
-    if request.error is not None:
-        raise request.error
-    assert not moved
+def write(placer: Placer, offset: int, data: bytes) -> None:
+    """As a data path does."""
+    image, end = placer.image, offset + len(data)
+    if not is_known(image, offset, end):
+        assert placer.useful(offset, len(data))
+        placer.place([Extent(offset=offset, length=len(data))])
+    while data:
+        extent = image.resolve(offset, len(data), for_write=True)
+        assert extent is not None
+        length = min(extent.length, len(data))
+        os.pwrite(extent.fd, data[:length], extent.offset)
+        offset, data = offset + length, data[length:]
+
+
+def is_known(image: Image, offset: int, end: int) -> bool:
+    while offset < end:
+        extent = image.resolve(offset, end - offset, for_write=True)
+        if extent is None:
+            return False
+        offset += extent.length
+    return True
 
 
 def linked(image: Image) -> int:
@@ -66,12 +84,12 @@ def closed_clean(image: Image, path: Path) -> None:
 
 
 def test_a_streak_is_linked_ahead_and_reads_as_zeroes(image: Image, path: Path) -> None:
-    writer = Writer(image)
+    placer = Placer(image)
     rewritten = 0
     for offset in range(0, SIZE // 2, REQUEST):
         if linked(image) >= offset + REQUEST:
             rewritten += 1  # as a data path does, in place
-        write(writer, offset, b"%08d" % offset * (REQUEST // 8))
+        write(placer, offset, b"%08d" % offset * (REQUEST // 8))
         if offset + REQUEST < STREAK:
             assert linked(image) == offset + REQUEST
         assert linked(image) <= offset + REQUEST + MOST_AHEAD
@@ -85,24 +103,24 @@ def test_a_streak_is_linked_ahead_and_reads_as_zeroes(image: Image, path: Path) 
 
 
 def test_batches_that_end_in_another_order_are_a_streak(image: Image, path: Path) -> None:
-    writer = Writer(image)
+    placer = Placer(image)
     chance = random.Random(1)
     for start in range(0, 4 * MIB, 4 * REQUEST):
         offsets = [start + i * REQUEST for i in range(4)]
         chance.shuffle(offsets)
         for offset in offsets:
-            write(writer, offset, b"x" * REQUEST)
+            write(placer, offset, b"x" * REQUEST)
     assert linked(image) > 4 * MIB
     closed_clean(image, path)
 
 
 def test_writes_here_and_there_link_nothing_else(image: Image, path: Path) -> None:
-    writer = Writer(image)
+    placer = Placer(image)
     # So far apart that none continues another one.
     clusters = list(range(0, SIZE // CLUSTER, 40))
     random.Random(2).shuffle(clusters)
     for number in clusters:
-        write(writer, number * CLUSTER, b"r" * CLUSTER)
+        write(placer, number * CLUSTER, b"r" * CLUSTER)
     written = set(clusters)
     for number in range(SIZE // CLUSTER):
         known = image.resolve(number * CLUSTER, CLUSTER, for_write=True) is not None
@@ -115,36 +133,79 @@ def test_nothing_behind_the_disks_end_is_linked(tmp_path: Path) -> None:
     size = 3 * MIB // 2 + 4 * KIB
     tool("qemu-img", "create", "-f", "qcow2", path, str(size))
     image = open_image(path, Wishes(writable=True))
-    writer = Writer(image)
+    placer = Placer(image)
     for offset in range(0, MIB, REQUEST):
-        write(writer, offset, b"e" * REQUEST)
+        write(placer, offset, b"e" * REQUEST)
     assert linked(image) == size
     clusters = [number for number, _, _ in Walk.open(path).entries()]
     assert len(clusters) <= -(-size // CLUSTER)
     closed_clean(image, path)
 
 
-def test_what_lies_behind_the_image_stays_seen(tmp_path: Path) -> None:
-    base, path = tmp_path / "base.raw", tmp_path / "over.qcow2"
-    base.write_bytes(b"b" * 4 * MIB)
-    tool("qemu-img", "create", "-f", "qcow2", "-b", base, "-F", "raw", path)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("-o", "extended_l2=on"),
+        ("-o", "data_file=data"),
+        ("-b", "base", "-F", "raw"),
+        ("--object", "secret,id=s,data=secret", "-o", "encrypt.format=luks,encrypt.key-secret=s"),
+    ],
+)
+def test_only_where_a_new_cluster_reads_as_none_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = tmp_path / "base"
+    base.write_bytes(b"b" * MIB)
+    tool("qemu-img", "create", "-f", "qcow2", *options, "over.qcow2", "1M")
+    wishes = Wishes(writable=True, image_dirs=[tmp_path], key=b"secret")
+    image = open_image(tmp_path / "over.qcow2", wishes)
+    assert not Placer(image).useful(0, CLUSTER)
+    image.close()
+
+
+def test_what_has_a_place_or_is_to_be_zero_stays_as_it_is(path: Path) -> None:
+    tool("qemu-io", "-c", "write -P 1 0 64k", "-c", "write -z 64k 64k", path)
     image = open_image(path, Wishes(writable=True))
-    writer = Writer(image)
-    for offset in range(0, 2 * MIB, REQUEST):
-        request = WriteRequest(offset, [memoryview(b"o" * REQUEST)])
-        writer.write([request])
-        assert request.error is None
-    target = bytearray(4 * MIB)
-    image.readv(0, [memoryview(target)])
-    assert bytes(target) == b"o" * 2 * MIB + b"b" * 2 * MIB
+    placer = Placer(image)
+    assert placer.useful(0, CLUSTER)  # for all it knows before the table is in memory
+    placer.place([Extent(offset=0, length=4 * CLUSTER), Extent(offset=0, length=CLUSTER)])
+    assert not placer.useful(0, 4 * CLUSTER)
+    known = [is_known(image, at, at + CLUSTER) for at in range(0, 5 * CLUSTER, CLUSTER)]
+    assert known == [True, False, True, True, False]
+    assert content_of(image) == (b"\1" * CLUSTER).ljust(SIZE, b"\0")
     closed_clean(image, path)
 
 
+def test_what_somebody_is_just_mapping_stays_as_it_is(image: Image, path: Path) -> None:
+    placer = Placer(image)
+    image.allocating.add(1)
+    placer.place([Extent(offset=CLUSTER, length=CLUSTER)])
+    assert linked(image) == 0
+    placer.place([Extent(offset=0, length=3 * CLUSTER)])
+    known = [is_known(image, at, at + CLUSTER) for at in range(0, 3 * CLUSTER, CLUSTER)]
+    assert known == [True, False, True]
+    image.allocating.clear()
+    closed_clean(image, path)
+
+
+def test_a_corrupt_image_gets_no_places(path: Path) -> None:
+    image = open_image(path, Wishes(writable=True))
+    placer = Placer(image)
+    image.tables.l1[0] = 12345 | COPIED  # inside a cluster
+    assert not placer.useful(0, CLUSTER)
+    with pytest.raises(CorruptImage):
+        placer.place([Extent(offset=0, length=CLUSTER)])
+    assert image.broken is not None
+    assert not placer.useful(SIZE - CLUSTER, CLUSTER)
+    image.close()
+
+
 def test_a_streak_ends_where_something_is_mapped(image: Image, path: Path) -> None:
-    writer = Writer(image)
-    write(writer, 3 * MIB, b"there already".ljust(CLUSTER))
+    placer = Placer(image)
+    write(placer, 3 * MIB, b"there already".ljust(CLUSTER))
     for offset in range(0, 2 * MIB + REQUEST, REQUEST):
-        write(writer, offset, b"s" * REQUEST)
+        write(placer, offset, b"s" * REQUEST)
     assert linked(image) == 3 * MIB + CLUSTER
     target = bytearray(CLUSTER)
     image.readv(3 * MIB, [memoryview(target)])
@@ -155,20 +216,20 @@ def test_a_streak_ends_where_something_is_mapped(image: Image, path: Path) -> No
 def test_where_the_table_cannot_be_written_nothing_is_lost(
     image: Image, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writer = Writer(image)
+    placer = Placer(image)
     for offset in range(0, STREAK - REQUEST, REQUEST):
-        write(writer, offset, b"k" * REQUEST)
+        write(placer, offset, b"k" * REQUEST)
 
     def refuse(*_: object) -> None:
         raise MediaError("the host refuses", errno=5)
 
     before = image.refcounts.in_store
     with monkeypatch.context() as patched:
-        patched.setattr(image.tables, "_write_sectors", refuse)
+        patched.setattr(image.host, "write", refuse)
         with pytest.raises(MediaError):
-            write(writer, STREAK - REQUEST, b"f" * REQUEST)
+            write(placer, STREAK - REQUEST, b"f" * REQUEST)
     assert image.refcounts.in_store < before - 2  # so some were to be linked ahead
-    write(writer, STREAK - REQUEST, b"g" * REQUEST)
+    write(placer, STREAK - REQUEST, b"g" * REQUEST)
     written = (b"k" * (STREAK - REQUEST) + b"g" * REQUEST).ljust(SIZE, b"\0")
     assert content_of(image) == written
     closed_clean(image, path)
@@ -178,6 +239,6 @@ def test_streaks_can_be_as_short_as_tests_want(
     image: Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What other tests count on."""
-    monkeypatch.setattr(writing, "STREAK", 0)
-    write(Writer(image), 0, b"1" * KIB)
+    monkeypatch.setattr(placing, "STREAK", 0)
+    write(Placer(image), 0, b"1" * KIB)
     assert linked(image) > CLUSTER

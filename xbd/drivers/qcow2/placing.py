@@ -1,0 +1,142 @@
+"""Places for clusters before somebody writes to them, so that the core can do that by itself.
+
+Only for clusters that lie nowhere and read as zeroes: a new one is counted and full of zeroes,
+durably (`refcounts`), so the L2 entry that names it may come before the data, and reach the disk
+before or after it.  Whatever a crash leaves, the disk reads as before or as written.
+
+Who writes one cluster after the other gets more of them linked than are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from xbd.core.driver import DriverError, Extent
+from xbd.core.units import MIB
+from xbd.drivers.qcow2.errors import CorruptImage
+from xbd.drivers.qcow2.image import Image
+from xbd.drivers.qcow2.layout import COPIED
+from xbd.drivers.qcow2.writing import writable_l2
+
+STREAK: Final = MIB
+"""Bytes of clusters linked one after the other, after which more are linked ahead."""
+
+MOST_AHEAD: Final = 4 * MIB
+"""In bytes: what is linked ahead at a time, and stays so where the streak ends."""
+
+_NEAR: Final = MIB
+"""In bytes: requests side by side don't come in the order of the disk."""
+
+_Changes = dict[int, dict[int, int]]
+"""New L2 entries, by L1 entry and place in the table."""
+
+
+class Placer:
+    """Places for the clusters of one image."""
+
+    def __init__(self, image: Image) -> None:
+        self.image = image
+        self._tables = image.tables
+        self._bits = image.header.cluster_bits
+        self._possible = (
+            image.writable
+            and image.backing is None
+            and image.cipher is None
+            and image.data_host is image.host
+            and not image.tables.extended
+        )
+        """Whether a new cluster reads as what was not there, and is all there is to it."""
+        self._streak = 0
+        """Clusters linked one after the other, and `_next` behind them."""
+        self._next = 0
+
+    def useful(self, offset: int, length: int) -> bool:
+        """Whether `place` may find places in this range.  Looks at tables in memory only."""
+        if not self._possible or self.image.broken is not None:
+            return False
+        first, last = offset >> self._bits, offset + length - 1 >> self._bits
+        index, place = divmod(first, self._tables.l2_entries)
+        try:
+            table = self._tables.cached(index)
+        except CorruptImage:
+            return False  # writing says what is wrong
+        return table is None or 0 in table[place : place + last - first + 1]
+
+    def place(self, extents: Sequence[Extent]) -> None:
+        """Link new clusters to what has none, in the host's hands on return.  Raises `DriverError`.
+
+        What is there already stays as it is, and so do clusters whose mapping is just changing.
+        """
+        image = self.image
+        with image.lock:
+            image.require_writable()
+            new: _Changes = {}
+            try:
+                for extent in extents:
+                    self._take(extent, new)
+                self._take_ahead(new)
+                while new:
+                    index, words = next(iter(new.items()))
+                    try:
+                        self._tables.change(index, words)
+                    except DriverError:
+                        self._keep_what_is_linked(index, words)
+                        raise
+                    del new[index]
+            except CorruptImage as error:
+                image.mark_corrupt(error)
+                raise
+            finally:
+                for words in new.values():
+                    self._release(words)
+
+    def _take(self, extent: Extent, new: _Changes) -> None:
+        """For all clusters of a range that have no entry."""
+        image, entries = self.image, self._tables.l2_entries
+        first = extent.offset >> self._bits
+        last = extent.offset + extent.length - 1 >> self._bits
+        for number in range(first, last + 1):
+            index, place = divmod(number, entries)
+            if number in image.allocating or place in new.get(index, ()):
+                continue
+            if not writable_l2(image, index)[place]:
+                entry = image.refcounts.take() << self._bits | COPIED
+                new.setdefault(index, {})[place] = entry
+
+    def _take_ahead(self, new: _Changes) -> None:
+        """For clusters behind these, if this is a streak; no more than are in store."""
+        image, entries = self.image, self._tables.l2_entries
+        numbers = [index * entries + place for index, words in new.items() for place in words]
+        if not numbers:
+            return
+        if abs(min(numbers) - self._next) > max(1, _NEAR >> self._bits):
+            self._streak = 0
+        self._streak += len(numbers)
+        self._next = max(numbers) + 1
+        if self._streak << self._bits < STREAK:
+            return
+        index, last = divmod(self._next - 1, entries)
+        words, table = new[index], writable_l2(image, index)
+        most = min(self._streak, max(1, MOST_AHEAD >> self._bits), image.refcounts.in_store)
+        stop = min(last + 1 + most, entries, -(-image.size >> self._bits) - index * entries)
+        for place in range(last + 1, stop):
+            if table[place] or self._next in image.allocating:
+                break
+            words[place] = image.refcounts.take() << self._bits | COPIED
+            self._streak += 1
+            self._next += 1
+
+    def _keep_what_is_linked(self, index: int, words: dict[int, int]) -> None:
+        """The table could not be written, or not all of it: leave what is not in it in `words`."""
+        try:
+            table = self._tables.l2(index)
+        except DriverError:
+            words.clear()  # nothing is known, so nothing is given up
+            return
+        for place, entry in tuple(words.items()):
+            if table is not None and table[place] == entry:
+                del words[place]
+
+    def _release(self, words: Mapping[int, int]) -> None:
+        self.image.refcounts.release((entry ^ COPIED) >> self._bits for entry in words.values())
