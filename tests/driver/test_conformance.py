@@ -19,6 +19,8 @@ from xbd.core.driver import (
     HostExtent,
     MediaError,
     OpenContext,
+    ReadRequest,
+    WriteRequest,
 )
 from xbd.core.driver.testing import (
     ALL_CAPABILITIES,
@@ -194,6 +196,21 @@ class PlacesOverOthers(Wrapper):
             await self.inner.write_zeroes(extent.offset, extent.length, may_unmap=False)
 
 
+class MixesUpMany(Wrapper):
+    """What is asked for together goes to each other's places."""
+
+    batching = True
+
+    async def read_many(self, requests: Sequence[ReadRequest]) -> None:
+        for request in requests:
+            await self.inner.readv(request.offset, request.buffers)
+
+    async def write_many(self, requests: Sequence[WriteRequest]) -> None:
+        for request, other in zip(requests, reversed(requests), strict=True):
+            if len(request.buffers[0]) == len(other.buffers[0]):
+                await self.inner.writev(request.offset, other.buffers)
+
+
 class ClaimsTooMuch(Wrapper):
     capabilities = ALL_CAPABILITIES
 
@@ -237,6 +254,7 @@ class IsVolatile(Wrapper):
         (ResolvesWrongly, "read_only"),
         (NeverInvalidates, "random"),
         (PlacesOverOthers, "random"),
+        (MixesUpMany, "random"),
         (ClaimsTooMuch, "read_only"),
         (ClosesOnce, "promises"),
         (RaisesAnything, "writing"),

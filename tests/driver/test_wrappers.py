@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 
 import pytest
 import trio
 import trio.testing
 
-from xbd.core.driver import BlockDevice, Capability, DeviceBroken, Extent, MediaError, NoSpace
+from xbd.core.driver import (
+    BlockDevice,
+    Capability,
+    DeviceBroken,
+    Extent,
+    MediaError,
+    NoSpace,
+    ReadRequest,
+    WriteRequest,
+)
 from xbd.core.driver.testing import (
     Fault,
     FaultDevice,
@@ -39,12 +49,43 @@ def test_every_call_that_can_fail_can_be_made_to() -> None:
         for name in members(BlockDevice)
         if inspect.iscoroutinefunction(vars(BlockDevice)[name])
     }
-    assert asynchronous == Fault().operations
+    assert asynchronous - {"read_many", "write_many"} == Fault().operations
     assert asynchronous <= members(FaultDevice)
 
 
 def data(length: int = 512, byte: bytes = b"x") -> list[memoryview]:
     return [memoryview(bytearray(byte * length))]
+
+
+class Batching(MemoryDevice):
+    """Does one after the other, which is all that this is about."""
+
+    batching = True
+
+    async def read_many(self, requests: Sequence[ReadRequest]) -> None:
+        for request in requests:
+            await self.readv(request.offset, request.buffers)
+
+    async def write_many(self, requests: Sequence[WriteRequest]) -> None:
+        for request in requests:
+            await self.writev(request.offset, request.buffers)
+
+
+@pytest.mark.parametrize("after", [False, True])
+async def test_of_many_requests_those_fail_that_are_hit(after: bool) -> None:
+    inner = Batching(1 << 20)
+    aimed = Fault(operations={"readv", "writev"}, after=after, trigger=lambda _, at, __: at == 512)
+    device = FaultDevice(inner, aimed)
+    assert device.batching
+    writes = [WriteRequest(at, data()) for at in (0, 512, 1024)]
+    await device.write_many(writes)
+    assert [isinstance(one.error, MediaError) for one in writes] == [False, True, False]
+    assert inner.disk.content[:1536] == b"x" * 512 + (b"x" if after else b"\0") * 512 + b"x" * 512
+    reads = [ReadRequest(at, data(byte=b"-")) for at in (0, 512, 1024)]
+    await device.read_many(reads)
+    assert [isinstance(one.error, MediaError) for one in reads] == [False, True, False]
+    assert [bytes(one.buffers[0][:1]) for one in reads] == [b"x", b"x" if after else b"-", b"x"]
+    await device.aclose()
 
 
 async def test_faults_strike_where_they_are_aimed() -> None:

@@ -19,7 +19,7 @@ from typing import Final
 import attrs
 from qcow2_images import KEY, Seed
 
-from xbd.core.driver import CheckReport, ConfigError, DriverError
+from xbd.core.driver import CheckReport, ConfigError, DriverError, WriteRequest
 from xbd.core.units import KIB, MIB
 from xbd.drivers.qcow2 import snapshots
 from xbd.drivers.qcow2.bitmaps import load_bitmaps
@@ -32,7 +32,7 @@ from xbd.drivers.qcow2.layout import COPIED
 from xbd.drivers.qcow2.map import map_image
 from xbd.drivers.qcow2.opening import Wishes, open_image
 from xbd.drivers.qcow2.sizing import set_size
-from xbd.drivers.qcow2.writing import Writer, WriteRequest
+from xbd.drivers.qcow2.writing import Writer
 from xbd.drivers.qcow2.zeroing import Zeroer
 
 MOST_READ: Final = 8 * MIB

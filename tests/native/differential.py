@@ -78,6 +78,23 @@ class ForReading(Dawdling):
         return None if for_write else super().resolve(offset, length, for_write=False)
 
 
+class Many(Dawdling):
+    """Never resolves, and is asked for many requests at a time where the data path can."""
+
+    batching = True
+
+    def resolve(self, offset, length, *, for_write):
+        return None
+
+    async def read_many(self, requests):
+        for request in requests:
+            await self.readv(request.offset, request.buffers)
+
+    async def write_many(self, requests):
+        for request in requests:
+            await self.writev(request.offset, request.buffers)
+
+
 class Failing(Dawdling):
     """Gives files that can't be used: one that must not be written to, one that is empty."""
 
@@ -223,6 +240,7 @@ class Placing(Spread):
 KINDS = {
     "everything": Dawdling,
     "nothing": Dawdling,
+    "nothing, many at a time": Many,
     "for reading": ForReading,
     "failing": Failing,
     "parts": Spread,

@@ -8,14 +8,14 @@ from collections.abc import Callable
 import attrs
 from qcow2_history import NEVER, SECTOR, ZEROES, History, Version, stamp
 
-from xbd.core.driver import DriverError, Extent
+from xbd.core.driver import DriverError, Extent, WriteRequest
 from xbd.core.driver.buffers import total
 from xbd.drivers.qcow2 import snapshots
 from xbd.drivers.qcow2.compressing import CompressedWriter
 from xbd.drivers.qcow2.image import Image
 from xbd.drivers.qcow2.placing import Placer
 from xbd.drivers.qcow2.sizing import set_size, size_problem
-from xbd.drivers.qcow2.writing import Writer, WriteRequest
+from xbd.drivers.qcow2.writing import Writer
 from xbd.drivers.qcow2.zeroing import Zeroer
 
 LENGTHS = (1, 1, 1, 2, 3, 7, 8, 9, 16, 31, 64, 100)

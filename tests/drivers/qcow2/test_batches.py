@@ -40,11 +40,11 @@ def work() -> Work:
 async def run_all(batches: Batches[int], requests: range) -> None:
     async with trio.open_nursery() as nursery:
         for request in requests:
-            nursery.start_soon(batches.run, request)
+            nursery.start_soon(batches.run, [request])
 
 
 async def test_one(work: Work) -> None:
-    await Batches(work).run(7)
+    await Batches(work).run([7])
     assert work.batches == [[7]]
 
 
@@ -65,6 +65,24 @@ async def test_no_batch_is_too_long(work: Work, autojump_clock: trio.testing.Moc
     assert max(map(len, work.batches)) <= MOST_REQUESTS
 
 
+async def test_who_brings_many_has_them_in_one_batch(
+    work: Work, autojump_clock: trio.testing.MockClock
+) -> None:
+    batches = Batches(work)
+    work.seconds = 1
+    many = list(range(2 * MOST_REQUESTS))
+    few = [[1000 + number, 2000 + number] for number in range(MOST_REQUESTS)]
+    async with trio.open_nursery() as nursery:
+        for requests in (many, *few):
+            nursery.start_soon(batches.run, requests)
+            await trio.testing.wait_all_tasks_blocked()
+    assert work.batches[0] == many
+    assert max(map(len, work.batches[1:])) <= MOST_REQUESTS
+    assert [one for batch in work.batches[1:] for one in batch] == [
+        one for two in few for one in two
+    ]
+
+
 async def test_what_comes_while_one_is_slow_does_not_wait_for_it(
     work: Work, autojump_clock: trio.testing.MockClock
 ) -> None:
@@ -72,7 +90,7 @@ async def test_what_comes_while_one_is_slow_does_not_wait_for_it(
     work.seconds = 100
     async with trio.open_nursery() as nursery:
         for request in range(10):
-            nursery.start_soon(batches.run, request)
+            nursery.start_soon(batches.run, [request])
             await trio.sleep(2 * PATIENCE_SECONDS)
         assert work.most_under_way == MOST_BATCHES
         assert len(work.batches) == MOST_BATCHES
@@ -87,7 +105,7 @@ async def test_an_error_is_everybodys(work: Work, autojump_clock: trio.testing.M
 
     async def run(request: int) -> None:
         try:
-            await batches.run(request)
+            await batches.run([request])
         except RuntimeError:
             failed.append(request)
 
@@ -96,7 +114,7 @@ async def test_an_error_is_everybodys(work: Work, autojump_clock: trio.testing.M
             nursery.start_soon(run, request)
     assert sorted(failed) == list(range(5))
     work.error = None
-    await batches.run(9)  # and no longer than that
+    await batches.run([9])  # and no longer than that
 
 
 @pytest.mark.parametrize("turns", range(6))
@@ -110,7 +128,7 @@ async def test_who_is_cancelled_still_waits(
 
     async def run(request: int) -> None:
         try:
-            await batches.run(request)
+            await batches.run([request])
         finally:
             assert request in work.finished
             ended.append(request)
@@ -133,6 +151,6 @@ async def test_the_order_of_coming_is_kept(
     work.seconds = 1
     async with trio.open_nursery() as nursery:
         for request in range(30):
-            nursery.start_soon(batches.run, request)
+            nursery.start_soon(batches.run, [request])
             await trio.testing.wait_all_tasks_blocked()
     assert [one for batch in work.batches for one in batch] == list(range(30))

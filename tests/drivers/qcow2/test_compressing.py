@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from xbd.core.driver import DriverError
+from xbd.core.driver import DriverError, WriteRequest
 from xbd.core.units import MIB
 from xbd.drivers.qcow2 import snapshots
 from xbd.drivers.qcow2.compressing import CompressedWriter
@@ -18,7 +18,7 @@ from xbd.drivers.qcow2.image import Image
 from xbd.drivers.qcow2.opening import Wishes, open_image
 from xbd.drivers.qcow2.snapshots import create_snapshot
 from xbd.drivers.qcow2.tables import Kind, Tables
-from xbd.drivers.qcow2.writing import Writer, WriteRequest
+from xbd.drivers.qcow2.writing import Writer
 from xbd.drivers.qcow2.zeroing import Zeroer
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="needs qemu-img")

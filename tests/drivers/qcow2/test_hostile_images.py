@@ -17,7 +17,7 @@ import pytest
 from qcow2_damage import Victim, victim
 from qcow2_seeds import Find, Ordeal, Seed, Seeds, image, limited, no_power_cuts, run, seeds
 
-from xbd.core.driver import DriverError, OpenFailed
+from xbd.core.driver import DriverError, OpenFailed, WriteRequest
 from xbd.core.units import KIB, MIB
 from xbd.drivers.qcow2.bitmaps import directory_of
 from xbd.drivers.qcow2.check import check_image
@@ -32,7 +32,7 @@ from xbd.drivers.qcow2.opening import Wishes, open_image
 from xbd.drivers.qcow2.sizing import set_size
 from xbd.drivers.qcow2.snapshot_table import Snapshot, extra_data, pack_snapshots
 from xbd.drivers.qcow2.snapshots import apply_snapshot, create_snapshot, delete_snapshot
-from xbd.drivers.qcow2.writing import Writer, WriteRequest
+from xbd.drivers.qcow2.writing import Writer
 from xbd.drivers.qcow2.zeroing import Zeroer
 
 __all__ = ["image", "seeds"]

@@ -12,7 +12,7 @@ import pytest
 import trio
 from qcow2_walk import prose, tool
 
-from xbd.core.driver import OpenContext, parse_options
+from xbd.core.driver import OpenContext, ReadRequest, WriteRequest, parse_options
 from xbd.core.driver.buffers import aligned_buffer
 from xbd.core.units import KIB, MIB
 from xbd.drivers.qcow2 import DRIVER
@@ -20,9 +20,7 @@ from xbd.drivers.qcow2.device import Qcow2Device
 from xbd.drivers.qcow2.errors import CorruptImage
 from xbd.drivers.qcow2.image import Image
 from xbd.drivers.qcow2.opening import Wishes, open_image
-from xbd.drivers.qcow2.reading import ReadRequest
 from xbd.drivers.qcow2.tables import Kind
-from xbd.drivers.qcow2.writing import WriteRequest
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="needs qemu-img")
 

@@ -18,7 +18,7 @@ from qcow2_recipes import NAMED, Made, Recipe
 from qcow2_tape import Change, Flushed, RecordingHost, Tape
 from qcow2_walk import tool
 
-from xbd.core.driver import DriverError, NoSpace
+from xbd.core.driver import DriverError, NoSpace, WriteRequest
 from xbd.core.units import KIB, MIB
 from xbd.drivers.qcow2 import refcounts, snapshots, switch
 from xbd.drivers.qcow2.compressing import CompressedWriter
@@ -28,7 +28,7 @@ from xbd.drivers.qcow2.metadata_map import MetadataMap
 from xbd.drivers.qcow2.opening import Wishes, open_image
 from xbd.drivers.qcow2.refcount_block import RefcountBlock
 from xbd.drivers.qcow2.refcounts import FIRST_RUN, LONGEST_RUN, RUN_BYTES, runs
-from xbd.drivers.qcow2.writing import Writer, WriteRequest
+from xbd.drivers.qcow2.writing import Writer
 from xbd.drivers.qcow2.zeroing import Zeroer
 
 pytestmark = pytest.mark.usefixtures("no_power_cuts")

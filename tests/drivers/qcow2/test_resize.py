@@ -15,6 +15,7 @@ from xbd.core.driver import (
     ConfigError,
     DiskSpec,
     DriverError,
+    WriteRequest,
     open_disk,
     parse_options,
 )
@@ -28,7 +29,7 @@ from xbd.drivers.qcow2.info import read_info
 from xbd.drivers.qcow2.opening import Wishes, open_image
 from xbd.drivers.qcow2.resize import resize
 from xbd.drivers.qcow2.sizing import set_size
-from xbd.drivers.qcow2.writing import Writer, WriteRequest
+from xbd.drivers.qcow2.writing import Writer
 from xbd.drivers.qcow2.zeroing import Zeroer
 
 TIB = GIB << 10

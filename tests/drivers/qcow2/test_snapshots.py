@@ -19,7 +19,7 @@ from qcow2_recipes import NAMED, Made, Recipe, assert_same, scribble
 from qcow2_tape import Crashes, Fault, RecordingHost, Tape, failing_at
 from qcow2_walk import tool
 
-from xbd.core.driver import ConfigError, DriverError, NoSpace, Unsupported
+from xbd.core.driver import ConfigError, DriverError, NoSpace, Unsupported, WriteRequest
 from xbd.core.units import KIB, MIB
 from xbd.drivers.qcow2 import snapshots, switch, trees
 from xbd.drivers.qcow2.check import check_image
@@ -31,7 +31,7 @@ from xbd.drivers.qcow2.offline import read_header
 from xbd.drivers.qcow2.opening import Wishes, make_image, open_image
 from xbd.drivers.qcow2.repair import repair_dirty
 from xbd.drivers.qcow2.snapshot_table import load_snapshots, pack_snapshots
-from xbd.drivers.qcow2.writing import Writer, WriteRequest
+from xbd.drivers.qcow2.writing import Writer
 from xbd.drivers.qcow2.zeroing import Zeroer
 
 pytestmark = pytest.mark.usefixtures("no_power_cuts")

@@ -14,7 +14,7 @@ from qcow2_crashes import open_recorded
 from qcow2_recipes import NAMED
 from qcow2_tape import RecordingHost, Tape
 
-from xbd.core.driver import DriverError
+from xbd.core.driver import DriverError, WriteRequest
 from xbd.core.units import KIB
 from xbd.drivers.qcow2.errors import CorruptImage
 from xbd.drivers.qcow2.header import Header
@@ -22,7 +22,7 @@ from xbd.drivers.qcow2.host import Host
 from xbd.drivers.qcow2.image import Image
 from xbd.drivers.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK, ZERO, Incompatible
 from xbd.drivers.qcow2.tables import Kind, Piece, Tables
-from xbd.drivers.qcow2.writing import Writer, WriteRequest
+from xbd.drivers.qcow2.writing import Writer
 
 pytestmark = pytest.mark.usefixtures("no_power_cuts")
 

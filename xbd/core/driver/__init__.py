@@ -18,6 +18,8 @@ from xbd.core.driver.api import (
     HostExtent,
     OpenContext,
     ProbeScore,
+    ReadRequest,
+    WriteRequest,
 )
 from xbd.core.driver.image import (
     Backing,
@@ -84,8 +86,10 @@ __all__ = [
     "OptionInfo",
     "ProbeScore",
     "Progress",
+    "ReadRequest",
     "SnapshotInfo",
     "Unsupported",
+    "WriteRequest",
     "absolute_path",
     "boolean",
     "choice",

@@ -11,7 +11,7 @@ import mmap
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import attrs
 import trio
@@ -24,6 +24,8 @@ from xbd.core.driver.api import (
     Extent,
     Geometry,
     HostExtent,
+    ReadRequest,
+    WriteRequest,
 )
 from xbd.core.driver.buffers import Cursor, aligned_buffer, gather, is_aligned, scatter, total
 from xbd.core.driver.failures import request_error
@@ -45,6 +47,7 @@ _END_OF_EVERYTHING: Final = 1 << 63
 _zeroes: Final = memoryview(mmap.mmap(-1, MIB, prot=mmap.PROT_READ | mmap.PROT_WRITE))
 """Never written.  Writable, so that its address can be taken without copying."""
 
+RequestT = TypeVar("RequestT", ReadRequest, WriteRequest)
 Invalidate = Callable[[int, int], Awaitable[None]]
 """``await forget(offset, length)``: drop answers of `resolve`, wait for I/O through them."""
 
@@ -78,6 +81,7 @@ class DeviceAccess:
         self._listeners: list[Invalidate] = []
         self._closed = False
         self._condemned: str | None = None
+        self._batching: bool = device.batching
         self._adopt(device.geometry)
 
     # -- what it is -------------------------------------------------------------------------
@@ -118,6 +122,46 @@ class DeviceAccess:
         cursor = Cursor(buffers)
         for start, stop in self._pieces(offset, end):
             await self._write_piece(start, stop, cursor.take(stop - start))
+
+    def takes_with_others(self, offset: int, length: int) -> bool:
+        """Whether `read_many` and `write_many` are for such requests, with aligned buffers."""
+        return (
+            self._batching
+            and length <= self._chunk
+            and self._widen(offset, offset + length) == (offset, offset + length)
+        )
+
+    async def read_many(self, requests: Sequence[ReadRequest]) -> None:
+        """Read all, in any order; each one's `error` says how it went, or this raises for all.
+
+        Each is one that `takes_with_others`, and its buffers meet the geometry's alignment.
+        """
+        there = self._those_inside(requests)
+        if there:
+            low, high = _hull(there)
+            await self._call("reading", low, high, partial(self._device.read_many, there))
+
+    async def write_many(self, requests: Sequence[WriteRequest]) -> None:
+        """As `read_many`."""
+        self._require(Capability.WRITE, "written", errno.EROFS)
+        low, high = _hull(requests)
+        async with self._ranges.hold(low, high, exclusive=False):
+            there = self._those_inside(requests)  # the disk may have shrunk while we waited
+            if there:
+                await self._call("writing", low, high, partial(self._device.write_many, there))
+
+    def _those_inside(self, requests: Sequence[RequestT]) -> list[RequestT]:
+        """The requests that are inside the disk; the others have failed."""
+        self._check(0, 0)
+        inside = []
+        for request in requests:
+            try:
+                self._check(request.offset, request.offset + total(request.buffers))
+            except DriverError as error:
+                request.error = error
+            else:
+                inside.append(request)
+        return inside
 
     async def _read_piece(self, start: int, stop: int, buffers: Sequence[memoryview]) -> None:
         low, high = self._widen(start, stop)
@@ -414,6 +458,12 @@ class DeviceAccess:
 def _is_possible(extent: HostExtent) -> bool:
     end = extent.offset + extent.length
     return extent.fd >= 0 and 0 <= extent.offset < end <= _END_OF_EVERYTHING
+
+
+def _hull(requests: Sequence[ReadRequest | WriteRequest]) -> tuple[int, int]:
+    """Where the first byte of them all is, and where the last one ends."""
+    low = min(request.offset for request in requests)
+    return low, max(request.offset + total(request.buffers) for request in requests)
 
 
 def _append(told: list[BlockStatus], status: BlockStatus) -> None:

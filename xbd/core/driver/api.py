@@ -15,6 +15,7 @@ from typing import Any, Final, Generic, TypeVar
 import attrs
 
 from xbd.core.driver.image import ImageFormat
+from xbd.core.errors import DriverError
 
 API_VERSION: Final = (1, 1)
 """A driver needs the same major number and at most this minor number."""
@@ -94,6 +95,24 @@ class BlockStatus:
     """It reads as zeroes."""
 
 
+@attrs.define(eq=False)
+class ReadRequest:
+    """Buffers for the disk's bytes from `offset` on; what became of them is in `error`."""
+
+    offset: int
+    buffers: Sequence[memoryview]
+    error: DriverError | None = None
+
+
+@attrs.define(eq=False)
+class WriteRequest:
+    """Bytes for the disk at `offset`; what became of them is in `error`."""
+
+    offset: int
+    buffers: Sequence[memoryview]
+    error: DriverError | None = None
+
+
 class BlockDevice(abc.ABC):
     """An opened disk.
 
@@ -125,6 +144,22 @@ class BlockDevice(abc.ABC):
 
         On return the data is outside this process: it survives the death of the daemon.
         """
+        raise NotImplementedError
+
+    @property
+    def batching(self) -> bool:
+        """Whether there are `read_many` and `write_many`, for requests that arrive together."""
+        return False
+
+    async def read_many(self, requests: Sequence[ReadRequest]) -> None:
+        """As `readv` of each, in any order; each one's `error` says how it went.
+
+        What this raises is the failure of all of them.
+        """
+        raise NotImplementedError
+
+    async def write_many(self, requests: Sequence[WriteRequest]) -> None:
+        """As `writev` of each, in any order; as `read_many` for the rest."""
         raise NotImplementedError
 
     async def flush(self) -> None:

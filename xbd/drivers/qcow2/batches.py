@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Generic, TypeVar
 
 import attrs
@@ -12,26 +12,26 @@ import trio
 RequestT = TypeVar("RequestT")
 
 MOST_REQUESTS: Final = 128
-"""In one batch: bounds its memory, and how long the first one waits for the last."""
+"""In one batch, unless they come together: bounds its memory, and how long the first one waits."""
 
 MOST_BATCHES: Final = 4
 """Under way at a time."""
 
-PATIENCE_SECONDS: Final = 0.002
+PATIENCE_SECONDS: Final = 0.0005
 """How long a batch is alone.  What arrives meanwhile makes the next one: two threads that compute
 at a time get in each other's way.  When storage is slow, the next batch does not wait for it."""
 
 
 @attrs.define(eq=False)
 class _Waiting(Generic[RequestT]):
-    request: RequestT
+    requests: Sequence[RequestT]
     task: trio.lowlevel.Task
     done: bool = False
     error: BaseException | None = None
 
 
 class Batches(Generic[RequestT]):
-    """Runs ``await work(requests)``, shielded from cancellation, in the task of one of them.
+    """Runs ``await work(requests)``, shielded from cancellation, in the task of one who has some.
 
     `work` notes the failure of a single request in that request; what it raises concerns all.
     """
@@ -45,9 +45,9 @@ class Batches(Generic[RequestT]):
         self._began = 0.0
         """When the last batch did."""
 
-    async def run(self, request: RequestT) -> None:
-        """Returns when the batch with this request has ended; can't be cancelled before."""
-        mine = _Waiting(request, trio.lowlevel.current_task())
+    async def run(self, requests: Sequence[RequestT]) -> None:
+        """Returns when the batch with these requests has ended; can't be cancelled before."""
+        mine = _Waiting(requests, trio.lowlevel.current_task())
         self._queue.append(mine)
         begins = not self._gathering and self._may_begin()
         self._gathering = self._gathering or begins
@@ -75,11 +75,14 @@ class Batches(Generic[RequestT]):
         self._gathering = False
         self._running += 1
         self._began = trio.current_time()
-        count = min(len(self._queue), MOST_REQUESTS)
-        batch = [self._queue.popleft() for _ in range(count)]
+        batch = [self._queue.popleft()]
+        count = len(batch[0].requests)
+        while self._queue and count + len(self._queue[0].requests) <= MOST_REQUESTS:
+            batch.append(self._queue.popleft())
+            count += len(batch[-1].requests)
         error: BaseException | None = None
         try:
-            await self._work([waiting.request for waiting in batch])
+            await self._work([request for waiting in batch for request in waiting.requests])
         except BaseException as raised:
             error = raised
         for waiting in batch:

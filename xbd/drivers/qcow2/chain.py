@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from xbd.core.driver import HostExtent, OpenFailed
+from xbd.core.driver import HostExtent, OpenFailed, ReadRequest
 from xbd.core.hostio.failures import io_failure, shown
 from xbd.core.hostio.files import DirectAlignment
 from xbd.core.hostio.holes import data_runs
@@ -25,7 +25,6 @@ from xbd.drivers.qcow2.host import Host, Transfer
 from xbd.drivers.qcow2.image import Backing
 from xbd.drivers.qcow2.layout import SECTOR
 from xbd.drivers.qcow2.offline import read_header
-from xbd.drivers.qcow2.reading import ReadRequest
 
 MAX_IMAGES: Final = 200
 """In one chain.  Reading through them is a recursion."""
@@ -252,6 +251,10 @@ class RawBacking:
         if inside < end:
             runs.append((end - inside, True))
         return runs
+
+    def is_zero(self, offset: int, length: int) -> bool:
+        """Whether a range reads as zeroes for sure."""
+        return all(zero for _, zero in self.status(offset, length))
 
     def resolve(self, offset: int, length: int) -> HostExtent | None:
         """Where the bytes from `offset` on lie: all that direct I/O can read."""

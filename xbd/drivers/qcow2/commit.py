@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
-from xbd.core.driver import ConfigError, Progress
+from xbd.core.driver import ConfigError, Progress, WriteRequest
 from xbd.core.driver.image import no_progress
 from xbd.core.hostio.failures import shown
 from xbd.core.units import MIB
@@ -26,7 +26,7 @@ from xbd.drivers.qcow2.opening import Wishes, open_image
 from xbd.drivers.qcow2.sizing import set_size
 from xbd.drivers.qcow2.switch import Change, make_room, table_clusters
 from xbd.drivers.qcow2.tables import Kind
-from xbd.drivers.qcow2.writing import Writer, WriteRequest
+from xbd.drivers.qcow2.writing import Writer
 from xbd.drivers.qcow2.zeroing import Zeroer
 
 _AT_A_TIME: Final = 64 * MIB

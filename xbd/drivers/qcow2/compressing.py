@@ -11,12 +11,12 @@ from typing import Final
 
 import attrs
 
-from xbd.core.driver import DriverError
+from xbd.core.driver import DriverError, WriteRequest
 from xbd.core.driver.buffers import Cursor, gather, total
 from xbd.drivers.qcow2 import layout
 from xbd.drivers.qcow2.errors import CorruptImage
 from xbd.drivers.qcow2.image import Image
-from xbd.drivers.qcow2.writing import Writer, WriteRequest, given_up, writable_l2
+from xbd.drivers.qcow2.writing import Writer, given_up, writable_l2
 
 _SHARED_AT_LEAST: Final = 2
 

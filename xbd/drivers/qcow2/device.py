@@ -24,7 +24,9 @@ from xbd.core.driver import (
     HostExtent,
     OpenContext,
     OpenFailed,
+    ReadRequest,
     Unsupported,
+    WriteRequest,
 )
 from xbd.core.hostio.hostfile import CACHE_NONE, CACHE_WRITEBACK
 from xbd.core.hostio.locks import while_busy
@@ -38,10 +40,9 @@ from xbd.drivers.qcow2.layout import SECTOR
 from xbd.drivers.qcow2.opening import Wishes, open_image
 from xbd.drivers.qcow2.options import Qcow2Options
 from xbd.drivers.qcow2.placing import Placer
-from xbd.drivers.qcow2.reading import ReadRequest
 from xbd.drivers.qcow2.secrets import read_secret
 from xbd.drivers.qcow2.sizing import set_size, size_problem
-from xbd.drivers.qcow2.writing import Writer, WriteRequest
+from xbd.drivers.qcow2.writing import Writer
 from xbd.drivers.qcow2.zeroing import Zeroer
 
 _EVERYTHING: Final = 1 << 63
@@ -127,8 +128,8 @@ class Qcow2Device(BlockDevice):
         self._writer = Writer(image)
         self._zeroer = Zeroer(image, self._writer)
         # Apart, because writes may wait for the disk.
-        self._reads = Batches(self._serve)
-        self._writes = Batches(self._serve)
+        self._reads: Batches[ReadRequest] = Batches(self._serve)
+        self._writes: Batches[WriteRequest] = Batches(self._serve)
         self._write = (
             CompressedWriter(image, self._writer).write if compress else self._writer.write
         )
@@ -167,19 +168,31 @@ class Qcow2Device(BlockDevice):
     # -- data ---------------------------------------------------------------------------------
 
     async def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        if self.image.read_known(offset, buffers):
-            await trio.lowlevel.checkpoint()
-            return
         request = ReadRequest(offset, buffers)
-        await self._reads.run(request)
+        await self.read_many([request])
         if request.error is not None:
             raise request.error
 
     async def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         request = WriteRequest(offset, buffers)
-        await self._writes.run(request)
+        await self.write_many([request])
         if request.error is not None:
             raise request.error
+
+    @property
+    def batching(self) -> bool:
+        return True
+
+    async def read_many(self, requests: Sequence[ReadRequest]) -> None:
+        read = self.image.read_known
+        rest = [request for request in requests if not read(request.offset, request.buffers)]
+        if rest:
+            await self._reads.run(rest)
+        else:
+            await trio.lowlevel.checkpoint()
+
+    async def write_many(self, requests: Sequence[WriteRequest]) -> None:
+        await self._writes.run(requests)
 
     async def _serve(self, requests: Sequence[ReadRequest | WriteRequest]) -> None:
         served: Served = await self._run(self.serve_blocking, requests)

@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol
 
 import attrs
 
-from xbd.core.driver import BlockStatus, DriverError, HostExtent, MediaError
+from xbd.core.driver import BlockStatus, DriverError, HostExtent, MediaError, ReadRequest
 from xbd.core.driver.buffers import aligned_buffer
 from xbd.core.hostio.failures import shown
 from xbd.core.units import MIB
@@ -29,7 +29,7 @@ from xbd.drivers.qcow2.host import PAGE, Host
 from xbd.drivers.qcow2.layout import COPIED, Incompatible
 from xbd.drivers.qcow2.metadata import locate_metadata
 from xbd.drivers.qcow2.metadata_map import MetadataMap
-from xbd.drivers.qcow2.reading import Reader, ReadRequest
+from xbd.drivers.qcow2.reading import Reader
 from xbd.drivers.qcow2.refcounts import LARGEST_OFFSET, Refcounts
 from xbd.drivers.qcow2.tables import Kind, Piece, Tables
 from xbd.drivers.qcow2.unpacking import Unpacker
@@ -55,6 +55,9 @@ class Backing(Protocol):
 
     def status(self, offset: int, length: int) -> list[tuple[int, bool]]:
         """The range in pieces: length, and whether it reads as zeroes."""
+
+    def is_zero(self, offset: int, length: int) -> bool:
+        """Whether a range reads as zeroes for sure."""
 
     def resolve(self, offset: int, length: int) -> HostExtent | None:
         """Where the first bytes of the range simply lie, if they do.  No I/O."""
@@ -219,7 +222,14 @@ class Image:
 
     def is_zero(self, offset: int, length: int) -> bool:
         """Whether a range reads as zeroes for sure."""
-        return all(zero for _, zero in self.status(offset, length))
+        end = min(offset + length, max(self.size, offset))
+        with self.using():
+            return all(self._piece_is_zero(piece) for piece in self.pieces(offset, end - offset))
+
+    def _piece_is_zero(self, piece: Piece) -> bool:
+        if piece.kind is Kind.UNALLOCATED:
+            return self.backing is None or self.backing.is_zero(piece.offset, piece.length)
+        return piece.kind is Kind.ZERO
 
     def resolve(self, offset: int, length: int, *, for_write: bool = False) -> HostExtent | None:
         """Where the first bytes of a range simply lie.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from xbd.core.driver import DriverError
+from xbd.core.driver import DriverError, ReadRequest
 from xbd.core.driver.buffers import Cursor, scatter, total
 from xbd.core.units import KIB
 from xbd.drivers.qcow2 import layout
@@ -25,15 +25,6 @@ if TYPE_CHECKING:
 
 MOST_COPIED: Final = 64 * KIB
 """Of unpacked bytes that a read gets without a thread: they cost some 5 us."""
-
-
-@attrs.define(eq=False)
-class ReadRequest:
-    """Buffers for the disk's bytes from `offset` on; what became of them is in `error`."""
-
-    offset: int
-    buffers: Sequence[memoryview]
-    error: DriverError | None = None
 
 
 @attrs.define(eq=False)

@@ -15,7 +15,7 @@ from typing import Final
 
 import attrs
 
-from xbd.core.driver import Backing, ConfigError, HostExtent, Progress
+from xbd.core.driver import Backing, ConfigError, HostExtent, Progress, ReadRequest, WriteRequest
 from xbd.core.driver.buffers import aligned_buffer
 from xbd.core.driver.image import no_progress
 from xbd.core.hostio.failures import shown
@@ -32,9 +32,8 @@ from xbd.drivers.qcow2.image import Image
 from xbd.drivers.qcow2.layout import Autoclear, ExtensionType
 from xbd.drivers.qcow2.offline import opened_file, read_header
 from xbd.drivers.qcow2.opening import Wishes, open_image
-from xbd.drivers.qcow2.reading import ReadRequest
 from xbd.drivers.qcow2.tables import Kind
-from xbd.drivers.qcow2.writing import Writer, WriteRequest
+from xbd.drivers.qcow2.writing import Writer
 from xbd.drivers.qcow2.zeroing import Zeroer
 
 _AT_A_TIME: Final = 256 * MIB
@@ -149,6 +148,9 @@ class _Nothing:
 
     def status(self, offset: int, length: int) -> list[tuple[int, bool]]:
         return [(length, True)]
+
+    def is_zero(self, offset: int, length: int) -> bool:
+        return True
 
     def resolve(self, offset: int, length: int) -> HostExtent | None:
         return None

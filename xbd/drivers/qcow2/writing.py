@@ -15,13 +15,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import itemgetter
 from typing import Final
 
 import attrs
 
-from xbd.core.driver import DriverError
+from xbd.core.driver import DriverError, WriteRequest
 from xbd.core.driver.buffers import Cursor, gather, total
-from xbd.core.units import MIB
+from xbd.core.units import KIB, MIB
 from xbd.drivers.qcow2 import layout
 from xbd.drivers.qcow2.errors import CorruptImage
 from xbd.drivers.qcow2.host import Transfer
@@ -32,17 +33,8 @@ from xbd.drivers.qcow2.tables import pack_table
 _LONGEST_WRITE: Final = MIB
 """In bytes: longer ones are not faster."""
 
-
-@attrs.define(eq=False)
-class WriteRequest:
-    """Bytes for the disk at `offset`; what became of them is in `error`."""
-
-    offset: int
-    buffers: Sequence[memoryview]
-    error: DriverError | None = None
-
-    def fail(self, error: DriverError) -> None:
-        self.error = error
+_CHEAP: Final = 16 * KIB
+"""Bytes that are read in vain, rather than making one more read."""
 
 
 @attrs.define(eq=False)
@@ -93,10 +85,7 @@ class _Allocation:
     """Whether the cluster reads as zeroes, as far as its own entry says."""
     replaces: bool = True
     """Whether something but zeroes is replaced."""
-    failed: DriverError | None = None
-
-    def fail(self, error: DriverError) -> None:
-        self.failed = error
+    error: DriverError | None = None
 
 
 @attrs.define(eq=False)
@@ -311,14 +300,14 @@ class Writer:
         for group, failure in zip(joined, image.data_host.writev(transfers), strict=True):
             if failure is not None:
                 for write in group:
-                    write.owner.fail(failure)
-        replacing = [one for one in mine if one.replaces and one.failed is None]
+                    write.owner.error = failure
+        replacing = [one for one in mine if one.replaces and one.error is None]
         if replacing:
             try:
                 image.data_host.flush()
             except DriverError as error:
                 for allocation in replacing:
-                    allocation.failed = error
+                    allocation.error = error
 
     def _assemble_all(self, mine: list[_Allocation]) -> list[_Write]:
         """What to write for allocations, with what has to be copied read already."""
@@ -327,12 +316,12 @@ class Writer:
             try:
                 assembled.append((allocation, self._assemble(allocation)))
             except DriverError as error:
-                allocation.failed = error
+                allocation.error = error
         copies = [(one, *copy) for one, _ in assembled for copy in one.copies]
         results = self._image.read_many([(offset, buffer) for _, offset, buffer in copies])
         for (allocation, _, _), failure in zip(copies, results, strict=True):
-            allocation.failed = allocation.failed or failure
-        return [write for one, writes in assembled if one.failed is None for write in writes]
+            allocation.error = allocation.error or failure
+        return [write for one, writes in assembled if one.error is None for write in writes]
 
     def _assemble(self, allocation: _Allocation) -> list[_Write]:
         """What to write for an allocation: where, what, and who fails with it."""
@@ -393,18 +382,21 @@ class Writer:
         apart = all(a.end <= b.offset for a, b in pairwise(inside))
         if not apart or any(part.offset < low or high < part.end for part in inside):
             return [self._overlay(low, high, parts, zero=zero)]
-        buffers: list[memoryview] = []
-        at = low
-        for part in inside:
-            if at < part.offset:
-                buffers.append(self._old(at, part.offset, allocation, zero=zero))
-            buffers.extend(part.buffers)
-            at = part.end
-        if at < high:
-            buffers.append(self._old(at, high, allocation, zero=zero))
-        return buffers
+        gaps = _gaps(low, high, inside)
+        within = high - low - sum(stop - start for start, stop in gaps)
+        if zero or len(gaps) < 2 or within > _CHEAP:
+            old = [self._old(start, stop, allocation, zero=zero) for start, stop in gaps]
+        else:
+            # One read costs less than two.
+            content = self._old(low, high, allocation, zero=False)
+            old = [content[start - low : stop - low] for start, stop in gaps]
+        pieces = [(start, [buffer]) for (start, _), buffer in zip(gaps, old, strict=True)]
+        pieces += [(part.offset, list(part.buffers)) for part in inside]
+        pieces.sort(key=itemgetter(0))
+        return [buffer for _, buffers in pieces for buffer in buffers]
 
     def _old(self, low: int, high: int, allocation: _Allocation, *, zero: bool) -> memoryview:
+        """Room for what was there, or zeroes."""
         buffer = self._image.buffer(high - low)
         if not zero:
             allocation.copies.append((low, buffer))
@@ -443,7 +435,7 @@ class Writer:
         moved = []
         with image.lock:
             for allocation in mine:
-                if allocation.failed is not None or self._all_failed(allocation):
+                if allocation.error is not None or self._all_failed(allocation):
                     self._drop(allocation)
                 else:
                     index = allocation.cluster // self._tables.l2_entries
@@ -483,8 +475,8 @@ class Writer:
         return all(part.request.error is not None for part in allocation.parts)
 
     def _drop(self, allocation: _Allocation) -> None:
-        if allocation.failed is not None:
-            _fail(allocation, allocation.failed)
+        if allocation.error is not None:
+            _fail(allocation, allocation.error)
         if allocation.taken:
             self._image.refcounts.release([allocation.host >> self._bits])
 
@@ -504,6 +496,13 @@ class Writer:
             else:
                 words[place] = entry
         tables.change(index, words)
+
+
+def _gaps(low: int, high: int, parts: Sequence[_Part]) -> list[tuple[int, int]]:
+    """What these, in order and apart from each other, leave of a range."""
+    starts = [low, *(part.end for part in parts)]
+    stops = [*(part.offset for part in parts), high]
+    return [(start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop]
 
 
 def _join(writes: list[_Write]) -> list[list[_Write]]:

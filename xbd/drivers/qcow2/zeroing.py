@@ -9,12 +9,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 
-from xbd.core.driver import DriverError
+from xbd.core.driver import DriverError, WriteRequest
 from xbd.drivers.qcow2.errors import CorruptImage
 from xbd.drivers.qcow2.image import Image
 from xbd.drivers.qcow2.layout import ALL_ZERO, COMPRESSED, COPIED, ZERO
 from xbd.drivers.qcow2.tables import Kind
-from xbd.drivers.qcow2.writing import Writer, WriteRequest, given_up, writable_l2
+from xbd.drivers.qcow2.writing import Writer, given_up, writable_l2
 
 _MOST_ZEROES = 1 << 20
 """Bytes of zeroes that are written at a time."""

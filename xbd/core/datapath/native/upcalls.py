@@ -15,7 +15,7 @@ from xbd.core.blkif import Decoder, constants
 from xbd.core.datapath.config import DiskStats
 from xbd.core.datapath.native import ffi, lib
 from xbd.core.datapath.native.extents import NativeExtents
-from xbd.core.driver import DeviceAccess, Extent
+from xbd.core.driver import DeviceAccess, Extent, ReadRequest, WriteRequest
 from xbd.core.errors import (
     DeviceBroken,
     Disposition,
@@ -70,6 +70,8 @@ class Upcalls:
     _unplaced: list[_Asked] = attrs.field(factory=list, init=False)
     """Writes for which the driver may find a place."""
     _placing: bool = attrs.field(default=False, init=False)
+    _together: list[list[_Asked]] = attrs.field(factory=lambda: [[], []], init=False)
+    """Reads and writes that the driver will be asked for together."""
     _under_way: int = attrs.field(default=0, init=False)
     _events: Any = attrs.field(init=False)
     _wake_fd: int = attrs.field(init=False)
@@ -134,6 +136,7 @@ class Upcalls:
         finally:
             if found:
                 self._answer([(request, lib.XBD_TRY_AGAIN, _OKAY) for request in found])
+            self._begin_together()
 
     def _corrupt(self, claimed: int) -> RingCorrupt:
         if claimed > self.entries:
@@ -169,11 +172,23 @@ class Upcalls:
                 self.nursery.start_soon(self._place)
             self._unplaced.append(asked)
             return
-        self._begin(asked)
+        self._begin(asked, resolvable=resolvable)
 
-    def _begin(self, asked: _Asked) -> None:
+    def _begin(self, asked: _Asked, *, resolvable: bool) -> None:
+        """`resolvable`: a transfer that fits the driver's alignment."""
+        if resolvable and self.access.takes_with_others(asked.offset, asked.length):
+            self._together[asked.operation != constants.READ].append(asked)
+            return
         self._under_way += 1
         self.nursery.start_soon(self._carry_out, asked)
+
+    def _begin_together(self) -> None:
+        """Have the driver carry out what has come together."""
+        for write, asked in enumerate(self._together):
+            if asked:
+                self._together[write] = []
+                self._under_way += len(asked)
+                self.nursery.start_soon(self._carry_out_many, asked, bool(write))
 
     async def _place(self) -> None:
         """Have the driver find places for writes, for all that wait for one at a time."""
@@ -194,9 +209,10 @@ class Upcalls:
             if self.extents.learn(one.offset, one.length, for_write=True):
                 found.append((one.request, lib.XBD_TRY_AGAIN, _OKAY))
             else:
-                self._begin(one)
+                self._begin(one, resolvable=True)
         if found:
             self._answer(found)
+        self._begin_together()
 
     # -- the driver's methods ---------------------------------------------------------------
 
@@ -204,12 +220,7 @@ class Upcalls:
         """Raises what closes the device."""
         status = _OKAY
         fatal = None
-        views = [
-            memoryview(ffi.buffer(buffer.start, buffer.length)).cast("B")
-            for buffer in (asked.buffers[0 : asked.nr_buffers] if asked.nr_buffers else ())
-        ]
-        if asked.read_only:
-            views = [view.toreadonly() for view in views]
+        views = _views(asked)
         try:
             await self._call(asked, views)
         except XbdError as error:
@@ -217,7 +228,7 @@ class Upcalls:
         finally:
             self._under_way -= 1
             for view in views:
-                view.release()  # whoever kept one must not reach the guest's memory later
+                view.release()
         self._ended.append((asked.request, status))
         if fatal is None:
             if len(self._ended) > 1:
@@ -228,6 +239,36 @@ class Upcalls:
         ended, self._ended = self._ended, []
         if ended:
             self._answer([(request, lib.XBD_ANSWER, status) for request, status in ended])
+        if fatal is not None:
+            raise fatal
+
+    async def _carry_out_many(self, asked: Sequence[_Asked], write: bool) -> None:
+        """Transfers through the driver's methods for many.  Raises what closes the device."""
+        reads = [] if write else [ReadRequest(one.offset, _views(one)) for one in asked]
+        writes = [WriteRequest(one.offset, _views(one)) for one in asked] if write else []
+        requests: Sequence[ReadRequest | WriteRequest] = writes or reads
+        failure: XbdError | None = None
+        try:
+            if write:
+                await self.access.write_many(writes)
+            else:
+                await self.access.read_many(reads)
+        except XbdError as error:
+            failure = error
+        finally:
+            self._under_way -= len(asked)
+            for request in requests:
+                for view in request.buffers:
+                    view.release()
+        fatal = None
+        verdicts = []
+        for one, request in zip(asked, requests, strict=True):
+            status, wrong = _OKAY, request.error or failure
+            if wrong is not None:
+                status, raised = self._judge(wrong)
+                fatal = fatal or raised
+            verdicts.append((one.request, lib.XBD_ANSWER, status))
+        self._answer(verdicts)
         if fatal is not None:
             raise fatal
 
@@ -305,6 +346,15 @@ class Upcalls:
         for event in self._waiting.values():
             event.set()
         self._waiting.clear()
+
+
+def _views(asked: _Asked) -> list[memoryview]:
+    """Its buffers.  To be released: whoever kept one must not reach the guest's memory later."""
+    views = [
+        memoryview(ffi.buffer(buffer.start, buffer.length)).cast("B")
+        for buffer in (asked.buffers[0 : asked.nr_buffers] if asked.nr_buffers else ())
+    ]
+    return [view.toreadonly() for view in views] if asked.read_only else views
 
 
 def _why(number: int) -> str:

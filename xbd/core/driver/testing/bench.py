@@ -11,7 +11,7 @@ from typing import Final
 import attrs
 
 from xbd.core.driver.access import DeviceAccess
-from xbd.core.driver.api import Capability, Concurrency, HostExtent
+from xbd.core.driver.api import Capability, Concurrency, HostExtent, ReadRequest, WriteRequest
 from xbd.core.driver.buffers import aligned_buffer
 from xbd.core.driver.geometry import request_unit
 from xbd.core.driver.open import DeviceMaker, open_device
@@ -79,6 +79,41 @@ async def write(access: DeviceAccess, offset: int, data: bytes) -> None:
     buffer = bytearray(data)
     await access.writev(offset, [memoryview(buffer)])
     buffer[:] = b"\xaa" * len(buffer)
+
+
+async def write_in_parts(access: DeviceAccess, offset: int, data: bytes, *, part: int) -> None:
+    """As `write`, by as many requests at a time, in another order than the disk's."""
+    places = range(0, len(data), part)
+    sizes = [min(part, len(data) - at) for at in places]
+    if not all(map(access.takes_with_others, (offset + at for at in places), sizes)):
+        await write(access, offset, data)
+        return
+    requests = []
+    for at, size in sorted(zip(places, sizes, strict=True), key=lambda each: -each[0] % 7):
+        buffer = _host_buffer(access, size)
+        buffer[:] = data[at : at + size]
+        requests.append(WriteRequest(offset + at, [buffer]))
+    await access.write_many(requests)
+    for request in requests:
+        assert request.error is None, f"one of many requests failed: {request.error}"
+        for view in request.buffers:
+            view[:] = b"\xaa" * len(view)
+
+
+async def read_in_parts(access: DeviceAccess, offset: int, length: int, *, part: int) -> bytes:
+    """As `read`, by as many requests at a time."""
+    places = range(0, length, part)
+    sizes = [min(part, length - at) for at in places]
+    if not all(map(access.takes_with_others, (offset + at for at in places), sizes)):
+        return await read(access, offset, length)
+    requests = [
+        ReadRequest(offset + at, [_host_buffer(access, size)])
+        for at, size in zip(places, sizes, strict=True)
+    ]
+    await access.read_many(requests)
+    for request in requests:
+        assert request.error is None, f"one of many requests failed: {request.error}"
+    return b"".join(bytes(request.buffers[0]) for request in requests)
 
 
 def read_host(access: DeviceAccess, extents: Sequence[HostExtent], length: int) -> bytes:

@@ -17,22 +17,16 @@ from xbd.core.driver.testing.bench import (
     noise,
     read,
     read_host,
+    read_in_parts,
     span,
     write,
     write_host,
+    write_in_parts,
 )
 
 _KINDS: Final = (
-    "write",
-    "write",
-    "read",
-    "zero",
-    "unmap",
-    "discard",
-    "flush",
-    "resolve",
-    "place",
-    "direct",
+    *("write", "write", "many", "direct", "zero", "unmap", "discard"),
+    *("read", "flush", "resolve", "place"),
 )
 
 Step = tuple[str, int, int, int]
@@ -127,6 +121,9 @@ class _Player:
         if kind == "write":
             self.model[part] = noise(length, seed)
             await write(self.access, offset, noise(length, seed))
+        elif kind == "many":
+            self.model[part] = noise(length, seed)
+            await write_in_parts(self.access, offset, noise(length, seed), part=self.unit)
         elif kind in ("zero", "unmap"):
             self.model[part] = bytes(length)
             await self.access.write_zeroes(offset, length, may_unmap=kind == "unmap")
@@ -169,6 +166,9 @@ class _Player:
             )
 
     async def compare(self) -> None:
+        part = -(-len(self.model) // 32 // self.unit) * self.unit
+        parts = await read_in_parts(self.access, 0, len(self.model), part=part)
+        assert parts == self.model, "many reads at a time differ from the model"
         content = await read(self.access, 0, len(self.model))
         assert content == self.model, "the disk differs from the model"
 

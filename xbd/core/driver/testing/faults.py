@@ -9,10 +9,18 @@ from typing import Final
 import attrs
 import trio
 
-from xbd.core.driver.api import BlockDevice, BlockStatus, Extent, Geometry, HostExtent
+from xbd.core.driver.api import (
+    BlockDevice,
+    BlockStatus,
+    Extent,
+    Geometry,
+    HostExtent,
+    ReadRequest,
+    WriteRequest,
+)
 from xbd.core.driver.buffers import total
 from xbd.core.driver.testing.wrapper import Wrapper
-from xbd.core.errors import MediaError
+from xbd.core.errors import DriverError, MediaError
 
 OPERATIONS: Final = frozenset(
     {
@@ -84,6 +92,16 @@ class FaultDevice(Wrapper):
         await super().writev(offset, buffers)
         _raise(late)
 
+    async def read_many(self, requests: Sequence[ReadRequest]) -> None:
+        late = await self._meet_each("readv", requests)
+        await super().read_many([one for one in requests if one.error is None])
+        _fail_late(late)
+
+    async def write_many(self, requests: Sequence[WriteRequest]) -> None:
+        late = await self._meet_each("writev", requests)
+        await super().write_many([one for one in requests if one.error is None])
+        _fail_late(late)
+
     async def flush(self) -> None:
         late = await self._meet("flush", 0, 0)
         await super().flush()
@@ -135,6 +153,20 @@ class FaultDevice(Wrapper):
         await super().aclose()
         _raise(late)
 
+    async def _meet_each(
+        self, operation: str, requests: Sequence[ReadRequest | WriteRequest]
+    ) -> list[tuple[ReadRequest | WriteRequest, list[Fault]]]:
+        """As `_meet` for each request, which fails alone."""
+        late = []
+        for request in requests:
+            try:
+                faults = await self._meet(operation, request.offset, total(request.buffers))
+            except DriverError as error:
+                request.error = error
+            else:
+                late.append((request, faults))
+        return late
+
     async def _meet(self, operation: str, offset: int, length: int) -> list[Fault]:
         """Suffer what applies; the faults that strike afterwards."""
         late = []
@@ -157,6 +189,14 @@ class FaultDevice(Wrapper):
             and (fault.trigger is None or fault.trigger(operation, offset, length))
             and (fault.rate >= 1.0 or self._random.random() < fault.rate)
         )
+
+
+def _fail_late(late: Sequence[tuple[ReadRequest | WriteRequest, list[Fault]]]) -> None:
+    for request, faults in late:
+        try:
+            _raise(faults)
+        except DriverError as error:
+            request.error = error
 
 
 def _raise(faults: Sequence[Fault]) -> None:

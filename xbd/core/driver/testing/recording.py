@@ -91,6 +91,10 @@ class RecordingDevice(Wrapper):
         finally:
             self.log.write(offset, data)
 
+    @property
+    def batching(self) -> bool:
+        return False
+
     async def flush(self) -> None:
         # Only what had returned before the call is durable after it.
         before = len(self.log.entries)

@@ -11,6 +11,8 @@ from xbd.core.driver.api import (
     Extent,
     Geometry,
     HostExtent,
+    ReadRequest,
+    WriteRequest,
 )
 
 
@@ -33,6 +35,16 @@ class Wrapper(BlockDevice):
 
     async def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         await self.inner.writev(offset, buffers)
+
+    @property
+    def batching(self) -> bool:
+        return self.inner.batching
+
+    async def read_many(self, requests: Sequence[ReadRequest]) -> None:
+        await self.inner.read_many(requests)
+
+    async def write_many(self, requests: Sequence[WriteRequest]) -> None:
+        await self.inner.write_many(requests)
 
     async def flush(self) -> None:
         await self.inner.flush()
