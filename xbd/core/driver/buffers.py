@@ -11,24 +11,31 @@ def total(buffers: Sequence[memoryview]) -> int:
     return sum(buffer.nbytes for buffer in buffers)
 
 
+_NOTHING = memoryview(b"")
+
+
 class Cursor:
     """Takes a list of buffers off piece by piece."""
 
     def __init__(self, buffers: Sequence[memoryview]) -> None:
         self._rest = iter(buffers)
-        self._current = memoryview(b"")
+        self._current = _NOTHING
 
     def take(self, length: int) -> list[memoryview]:
         """The next `length` bytes."""
         taken = []
         while length:
-            if not self._current.nbytes:
+            current, size = self._current, self._current.nbytes
+            if not size:
                 self._current = next(self._rest)
-                continue
-            part = self._current[:length]
-            self._current = self._current[part.nbytes :]
-            length -= part.nbytes
-            taken.append(part)
+            elif size <= length:
+                taken.append(current)
+                length -= size
+                self._current = _NOTHING
+            else:
+                taken.append(current[:length])
+                self._current = current[length:]
+                break
         return taken
 
 

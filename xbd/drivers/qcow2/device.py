@@ -28,9 +28,10 @@ from xbd.core.driver import (
     Unsupported,
     WriteRequest,
 )
+from xbd.core.driver.buffers import total
 from xbd.core.hostio.hostfile import CACHE_NONE, CACHE_WRITEBACK
 from xbd.core.hostio.locks import while_busy
-from xbd.core.units import MIB
+from xbd.core.units import KIB, MIB
 from xbd.drivers.qcow2 import snapshots
 from xbd.drivers.qcow2.batches import Batches
 from xbd.drivers.qcow2.compressing import CompressedWriter
@@ -46,6 +47,12 @@ from xbd.drivers.qcow2.writing import Writer
 from xbd.drivers.qcow2.zeroing import Zeroer
 
 _EVERYTHING: Final = 1 << 63
+
+_ALONE: Final = 256 * KIB
+"""Bytes of reads that are work enough for a thread."""
+
+_MOST_ALONE: Final = 2
+"""Such reads at a time: storage works for one while the other one is unpacked, on all CPUs."""
 
 SCAN_ENTRIES: Final = 128
 """Clusters or subclusters that one answer of `resolve` looks at: some 10 us at most."""
@@ -130,6 +137,7 @@ class Qcow2Device(BlockDevice):
         # Apart, because writes may wait for the disk.
         self._reads: Batches[ReadRequest] = Batches(self._serve)
         self._writes: Batches[WriteRequest] = Batches(self._serve)
+        self._long = trio.CapacityLimiter(_MOST_ALONE)
         self._write = (
             CompressedWriter(image, self._writer).write if compress else self._writer.write
         )
@@ -186,10 +194,13 @@ class Qcow2Device(BlockDevice):
     async def read_many(self, requests: Sequence[ReadRequest]) -> None:
         read = self.image.read_known
         rest = [request for request in requests if not read(request.offset, request.buffers)]
-        if rest:
-            await self._reads.run(rest)
-        else:
+        if not rest:
             await trio.lowlevel.checkpoint()
+        elif sum(total(request.buffers) for request in rest) > _ALONE:
+            async with self._long:
+                await self._serve(rest)
+        else:
+            await self._reads.run(rest)
 
     async def write_many(self, requests: Sequence[WriteRequest]) -> None:
         await self._writes.run(requests)

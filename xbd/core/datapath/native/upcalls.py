@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -29,6 +29,8 @@ from xbd.core.ratelimit import RateLimit
 _log = structlog.get_logger()
 
 _MOST_EVENTS: Final = 64
+MOST_TOGETHER: Final = 1 << 20
+"""Bytes that one call is asked for, and that are answered when all of them are done."""
 _OKAY: Final = constants.RSP_OKAY
 
 
@@ -188,7 +190,8 @@ class Upcalls:
             if asked:
                 self._together[write] = []
                 self._under_way += len(asked)
-                self.nursery.start_soon(self._carry_out_many, asked, bool(write))
+                for some in _by_size(asked):
+                    self.nursery.start_soon(self._carry_out_many, some, bool(write))
 
     async def _place(self) -> None:
         """Have the driver find places for writes, for all that wait for one at a time."""
@@ -346,6 +349,20 @@ class Upcalls:
         for event in self._waiting.values():
             event.set()
         self._waiting.clear()
+
+
+def _by_size(asked: Sequence[_Asked]) -> Iterator[list[_Asked]]:
+    """In parts of `MOST_TOGETHER` at most."""
+    some: list[_Asked] = []
+    size = 0
+    for one in asked:
+        if some and size + one.length > MOST_TOGETHER:
+            yield some
+            some, size = [], 0
+        some.append(one)
+        size += one.length
+    if some:
+        yield some
 
 
 def _views(asked: _Asked) -> list[memoryview]:
