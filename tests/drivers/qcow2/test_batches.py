@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import trio
 import trio.testing
@@ -46,6 +48,14 @@ async def run_all(batches: Batches[int], requests: range) -> None:
 async def test_one(work: Work) -> None:
     await Batches(work).run([7])
     assert work.batches == [[7]]
+
+
+async def test_who_has_all_of_them_waits_for_nobody(work: Work) -> None:
+    batches = Batches(work)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(batches.run, [1, 2], gather=False))
+        nursery.start_soon(partial(batches.run, [3], gather=False))
+    assert sorted(work.batches) == [[1, 2], [3]]
 
 
 async def test_what_comes_together_is_done_together(

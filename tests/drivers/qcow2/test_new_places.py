@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from qcow2_recipes import NAMED
 from qcow2_walk import Walk, tool
 
 from xbd.core.driver import Extent, MediaError
@@ -142,25 +143,12 @@ def test_nothing_behind_the_disks_end_is_linked(tmp_path: Path) -> None:
     closed_clean(image, path)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("-o", "extended_l2=on"),
-        ("-o", "data_file=data"),
-        ("-b", "base", "-F", "raw"),
-        ("--object", "secret,id=s,data=secret", "-o", "encrypt.format=luks,encrypt.key-secret=s"),
-    ],
-)
-def test_only_where_a_new_cluster_reads_as_none_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    base = tmp_path / "base"
-    base.write_bytes(b"b" * MIB)
-    tool("qemu-img", "create", "-f", "qcow2", *options, "over.qcow2", "1M")
-    wishes = Wishes(writable=True, image_dirs=[tmp_path], key=b"secret")
-    image = open_image(tmp_path / "over.qcow2", wishes)
-    assert not Placer(image).useful(0, CLUSTER)
+@pytest.mark.parametrize("name", ["subclusters-over", "external-4k", "over-two", "luks"])
+def test_only_where_a_new_cluster_reads_as_none_does(tmp_path: Path, name: str) -> None:
+    made = NAMED[name].make(tmp_path)
+    image = open_image(made.path, made.wishes())
+    placer = Placer(image)
+    assert not any(placer.useful(at, CLUSTER) for at in range(0, image.size - CLUSTER, CLUSTER))
     image.close()
 
 

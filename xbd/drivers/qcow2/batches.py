@@ -45,15 +45,19 @@ class Batches(Generic[RequestT]):
         self._began = 0.0
         """When the last batch did."""
 
-    async def run(self, requests: Sequence[RequestT]) -> None:
-        """Returns when the batch with these requests has ended; can't be cancelled before."""
+    async def run(self, requests: Sequence[RequestT], *, gather: bool = True) -> None:
+        """Returns when the batch with these requests has ended; can't be cancelled before.
+
+        `gather`: others may be about to come with some, and are waited for.
+        """
         mine = _Waiting(requests, trio.lowlevel.current_task())
         self._queue.append(mine)
         begins = not self._gathering and self._may_begin()
         self._gathering = self._gathering or begins
         if begins and self._queue[0] is mine:
-            # Those who were woken together with this task come along.
-            await trio.lowlevel.cancel_shielded_checkpoint()
+            if gather:
+                # Those who were woken together with this task come along.
+                await trio.lowlevel.cancel_shielded_checkpoint()
         else:
             if begins:
                 trio.lowlevel.reschedule(self._queue[0].task)

@@ -177,13 +177,13 @@ class Qcow2Device(BlockDevice):
 
     async def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         request = ReadRequest(offset, buffers)
-        await self.read_many([request])
+        await self._read([request], gather=True)
         if request.error is not None:
             raise request.error
 
     async def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         request = WriteRequest(offset, buffers)
-        await self.write_many([request])
+        await self._writes.run([request])
         if request.error is not None:
             raise request.error
 
@@ -192,6 +192,9 @@ class Qcow2Device(BlockDevice):
         return True
 
     async def read_many(self, requests: Sequence[ReadRequest]) -> None:
+        await self._read(requests, gather=False)
+
+    async def _read(self, requests: Sequence[ReadRequest], *, gather: bool) -> None:
         read = self.image.read_known
         rest = [request for request in requests if not read(request.offset, request.buffers)]
         if not rest:
@@ -200,10 +203,10 @@ class Qcow2Device(BlockDevice):
             async with self._long:
                 await self._serve(rest)
         else:
-            await self._reads.run(rest)
+            await self._reads.run(rest, gather=gather)
 
     async def write_many(self, requests: Sequence[WriteRequest]) -> None:
-        await self._writes.run(requests)
+        await self._writes.run(requests, gather=False)
 
     async def _serve(self, requests: Sequence[ReadRequest | WriteRequest]) -> None:
         served: Served = await self._run(self.serve_blocking, requests)
