@@ -15,6 +15,7 @@ import pytest
 from xbd.core.driver import Concurrency, Extent, MediaError, Unsupported
 from xbd.core.driver.access import DeviceAccess
 from xbd.core.driver.testing import MemoryDevice, check_block_device
+from xbd.core.driver.testing.bench import Bench, read
 from xbd.core.errors import DeviceBroken, DriverError
 
 ROOT = Path(__file__).parents[2]
@@ -106,16 +107,20 @@ async def test_the_manuals_example(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found
     names: dict[str, Any] = {"CHUNK": chunks.CHUNK}
     exec(found[1], names)
-    called = 0
-
-    async def place(self: Any, extents: Sequence[Extent]) -> None:
-        nonlocal called
-        called += 1
-        await names["place"](self, extents)
-
     monkeypatch.setattr(chunks.ChunkDevice, "can_place", names["can_place"])
-    monkeypatch.setattr(chunks.ChunkDevice, "place", place)
+    monkeypatch.setattr(chunks.ChunkDevice, "place", names["place"])
     options = chunks.Options(path=tmp_path, size=(3 << 20) + 512)
+    bench = Bench(lambda context: chunks.open_chunks(context, options), chunks.DRIVER.concurrency)
+    async with bench.open() as access:
+        last = Extent(offset=options.size - 512, length=512)
+        assert access.can_place(last.offset, last.length)
+        await access.place([Extent(offset=chunks.CHUNK - 1, length=2), last])
+        assert not access.can_place(last.offset, last.length)
+        known = [
+            access.resolve(number * chunks.CHUNK, 512, for_write=True) is not None
+            for number in range(4)
+        ]
+        assert known == [True, True, False, True]
+        assert await read(access, 0, options.size) == bytes(options.size)
     make = partial(chunks.open_chunks, options=options)
     await check_block_device(make, concurrency=chunks.DRIVER.concurrency)
-    assert called
