@@ -76,9 +76,10 @@ async def test_stop_with_a_connected_guest(directory, image):
             backend = f"/local/domain/0/backend/vbd3/{DOMID}/{line.devid}"
             async with disk_of(directory, guest, line) as disk:
                 await disk.write(0, b"y" * 4096)
-                daemon.process.send_signal(signal.SIGTERM)
+                # Watching from before: XenStore ends with the daemon, soon after the guest's answer.
                 with trio.fail_after(SECONDS):
                     async with store.watch(f"{backend}/state") as watch:
+                        daemon.process.send_signal(signal.SIGTERM)
                         while await store.read(f"{backend}/state") != "5":
                             await watch.changed()
             assert await daemon.ends() == 0
