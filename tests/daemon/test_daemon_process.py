@@ -76,7 +76,7 @@ async def test_stop_with_a_connected_guest(directory, image):
             backend = f"/local/domain/0/backend/vbd3/{DOMID}/{line.devid}"
             async with disk_of(directory, guest, line) as disk:
                 await disk.write(0, b"y" * 4096)
-                # Watching from before: XenStore ends with the daemon, soon after the guest's answer.
+                # Watching from before: XenStore ends with the daemon, soon after the answer.
                 with trio.fail_after(SECONDS):
                     async with store.watch(f"{backend}/state") as watch:
                         daemon.process.send_signal(signal.SIGTERM)
