@@ -65,6 +65,22 @@ async def write_all(rig, offsets, content=b"w"):
             nursery.start_soon(rig.front.write, offset, content * PAGE_SIZE)
 
 
+async def being_placed(rig, device, nursery):
+    """A write whose place is being sought, and is not found before `device.held` is set."""
+    nursery.start_soon(rig.front.write, 0, b"1" * PAGE_SIZE)
+    with trio.fail_after(10):
+        while not device.calls:
+            await trio.lowlevel.checkpoint()
+
+
+async def in_flight(rig, count):
+    """Until so many requests are, and nothing more happens."""
+    with trio.fail_after(10):
+        while rig.disk.connection.in_flight < count:
+            await trio.lowlevel.checkpoint()
+    await trio.testing.wait_all_tasks_blocked(0.01)
+
+
 async def test_what_can_be_placed_is_written_past_the_driver(rig_maker):
     device = Placing()
     async with rig_maker(device=device) as rig:
@@ -84,15 +100,9 @@ async def test_writes_that_come_meanwhile_are_placed_together(rig_maker):
     device = Placing()
     device.held = trio.Event()
     async with rig_maker(device=device) as rig, trio.open_nursery() as nursery:
-        nursery.start_soon(rig.front.write, 0, b"1" * PAGE_SIZE)
-        with trio.fail_after(10):
-            while not device.calls:
-                await trio.lowlevel.checkpoint()
+        await being_placed(rig, device, nursery)
         nursery.start_soon(write_all, rig, [3 * UNIT, 4 * UNIT, 6 * UNIT])
-        with trio.fail_after(10):
-            while rig.disk.connection.in_flight < 4:
-                await trio.lowlevel.checkpoint()
-        await trio.testing.wait_all_tasks_blocked(0.01)
+        await in_flight(rig, 4)
         assert device.calls == [[(0, PAGE_SIZE)]]
         device.held.set()
         nursery.cancel_scope.deadline = trio.current_time() + 10
@@ -137,10 +147,7 @@ async def test_nothing_is_placed_in_a_range_that_somebody_has_alone(rig_maker):
         rig.access._ranges.hold(0, 2 * MIB, exclusive=True),
     ):
         nursery.start_soon(rig.front.write, 0, b"1" * PAGE_SIZE)
-        with trio.fail_after(10):
-            while not rig.disk.connection.in_flight:
-                await trio.lowlevel.checkpoint()
-        await trio.testing.wait_all_tasks_blocked(0.01)
+        await in_flight(rig, 1)
         assert not device.calls
     assert device.calls == [[(0, PAGE_SIZE)]]
 
@@ -149,10 +156,8 @@ async def test_who_leaves_while_places_are_sought(rig_maker):
     device = Placing()
     device.held = trio.Event()
     async with rig_maker(device=device) as rig, trio.open_nursery() as nursery:
-        nursery.start_soon(rig.front.write, 0, b"1" * PAGE_SIZE)
+        await being_placed(rig, device, nursery)
         with trio.fail_after(10):
-            while not device.calls:
-                await trio.lowlevel.checkpoint()
             await rig.disk.disconnect(drain=False)
         assert not device.places
         assert not device.written
@@ -163,10 +168,8 @@ async def test_a_drain_waits_for_places(rig_maker):
     device = Placing()
     device.held = trio.Event()
     async with rig_maker(device=device) as rig, trio.open_nursery() as nursery:
-        nursery.start_soon(rig.front.write, 0, b"1" * PAGE_SIZE)
+        await being_placed(rig, device, nursery)
         with trio.fail_after(10):
-            while not device.calls:
-                await trio.lowlevel.checkpoint()
             nursery.start_soon(partial(rig.disk.disconnect, drain=True))
             await trio.testing.wait_all_tasks_blocked(0.01)
             device.held.set()

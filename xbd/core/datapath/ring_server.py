@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
 
 import attrs
 import structlog
@@ -40,8 +39,9 @@ from xbd.core.datapath.engine import MAX_PIECES, MAX_SEGMENTS, IoEngine
 from xbd.core.datapath.extents import ExtentCache, Piece
 from xbd.core.datapath.journal import Journal, OpenRequest
 from xbd.core.datapath.pages import GuestPages, Work
+from xbd.core.datapath.places import Places
 from xbd.core.driver import DeviceAccess, Extent
-from xbd.core.errors import BadRequest, Disposition, DriverError, GrantFailed, XbdError
+from xbd.core.errors import BadRequest, Disposition, GrantFailed, XbdError
 from xbd.core.hypervisor import EventChannel
 from xbd.core.ratelimit import RateLimit
 
@@ -76,9 +76,7 @@ class RingServer:
     """Where upcalls run; set before `run`."""
     _open: dict[int, Request | Work] = attrs.field(factory=dict, init=False)
     """Requests that were set off and have no answer yet, by journal slot."""
-    _unplaced: list[Work] = attrs.field(factory=list, init=False)
-    """Writes for which the driver may find a place."""
-    _placing: bool = attrs.field(default=False, init=False)
+    _places: Places[Work] = attrs.field(init=False)
     _ended: list[Work] = attrs.field(factory=list, init=False)
     """Upcalls that are about to be answered together."""
     _backlog: deque[Item] = attrs.field(factory=deque, init=False)
@@ -100,6 +98,7 @@ class RingServer:
     _memory_alignment: int = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
+        self._places = Places(self.access, self._placed)
         geometry = self.access.geometry
         self._cached = CachedReads(self.extents.reading, self.pages, self.stats)
         self._alignment = geometry.request_alignment
@@ -272,11 +271,7 @@ class RingServer:
                 self.nursery.start_soon(self._upcall, work)
             elif self._send(work):
                 queued = True
-            elif request.write and self.access.can_place(request.offset, request.length):
-                if not self._unplaced and not self._placing:
-                    self.nursery.start_soon(self._place)
-                self._unplaced.append(work)
-            else:
+            elif not (request.write and self._seek_place(work)):
                 self.nursery.start_soon(self._upcall, work)
         if failed:
             self._answer(failed)
@@ -335,24 +330,18 @@ class RingServer:
 
     # -- upcalls ----------------------------------------------------------------------------
 
-    async def _place(self) -> None:
-        """Have the driver find places for writes, for all that wait for one at a time."""
-        self._placing = True
-        try:
-            while works := self._unplaced:
-                self._unplaced = []
-                requests = [work.request for work in works]
-                ranges = [Extent(offset=one.offset, length=one.length) for one in requests]
-                with suppress(DriverError):  # writing says what is wrong
-                    await self.access.place(ranges)
-                if self.engine.closing:
-                    return
-                for work in works:
-                    if not self._send(work):
-                        self.nursery.start_soon(self._upcall, work)
-                self.engine.kick()
-        finally:
-            self._placing = False
+    def _seek_place(self, work: Work) -> bool:
+        request = work.request
+        return self._places.seek(self.nursery, work, request.offset, request.length)
+
+    def _placed(self, works: Sequence[Work]) -> None:
+        """The driver has found places for these writes, or not."""
+        if self.engine.closing:
+            return
+        for work in works:
+            if not self._send(work):
+                self.nursery.start_soon(self._upcall, work)
+        self.engine.kick()
 
     async def _upcall(self, work: Work) -> None:
         """A transfer through the driver's async methods.  Raises what closes the device."""

@@ -15,11 +15,11 @@ from xbd.core.blkif import Decoder, constants
 from xbd.core.datapath.config import DiskStats
 from xbd.core.datapath.native import ffi, lib
 from xbd.core.datapath.native.extents import NativeExtents
+from xbd.core.datapath.places import Places
 from xbd.core.driver import DeviceAccess, Extent, ReadRequest, WriteRequest
 from xbd.core.errors import (
     DeviceBroken,
     Disposition,
-    DriverError,
     GuestError,
     RingCorrupt,
     XbdError,
@@ -69,9 +69,7 @@ class Upcalls:
     _tickets: int = attrs.field(default=0, init=False)
     _ended: list[tuple[int, int]] = attrs.field(factory=list, init=False)
     """Requests that are about to be answered together, and their status."""
-    _unplaced: list[_Asked] = attrs.field(factory=list, init=False)
-    """Writes for which the driver may find a place."""
-    _placing: bool = attrs.field(default=False, init=False)
+    _places: Places[_Asked] = attrs.field(init=False)
     _together: list[list[_Asked]] = attrs.field(factory=lambda: [[], []], init=False)
     """Reads and writes that the driver will be asked for together."""
     _under_way: int = attrs.field(default=0, init=False)
@@ -79,6 +77,7 @@ class Upcalls:
     _wake_fd: int = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
+        self._places = Places(self.access, self._placed)
         self._events = ffi.new("struct xbd_event[]", _MOST_EVENTS)
         self._wake_fd = lib.xbd_connection_wake_fd(self.handle)
 
@@ -169,12 +168,9 @@ class Upcalls:
             event.nr_buffers,
             event.read_only,
         )
-        if resolvable and write and self.access.can_place(asked.offset, asked.length):
-            if not self._unplaced and not self._placing:
-                self.nursery.start_soon(self._place)
-            self._unplaced.append(asked)
-            return
-        self._begin(asked, resolvable=resolvable)
+        seeks = resolvable and write
+        if not (seeks and self._places.seek(self.nursery, asked, asked.offset, asked.length)):
+            self._begin(asked, resolvable=resolvable)
 
     def _begin(self, asked: _Asked, *, resolvable: bool) -> None:
         """`resolvable`: a transfer that fits the driver's alignment."""
@@ -193,20 +189,8 @@ class Upcalls:
                 for some in _by_size(asked):
                     self.nursery.start_soon(self._carry_out_many, some, bool(write))
 
-    async def _place(self) -> None:
-        """Have the driver find places for writes, for all that wait for one at a time."""
-        self._placing = True
-        try:
-            while asked := self._unplaced:
-                self._unplaced = []
-                ranges = [Extent(offset=one.offset, length=one.length) for one in asked]
-                with suppress(DriverError):  # writing says what is wrong
-                    await self.access.place(ranges)
-                self._placed(asked)
-        finally:
-            self._placing = False
-
     def _placed(self, asked: Sequence[_Asked]) -> None:
+        """The driver has found places for these writes, or not."""
         found = []
         for one in asked:
             if self.extents.learn(one.offset, one.length, for_write=True):
