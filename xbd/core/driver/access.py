@@ -233,8 +233,7 @@ class DeviceAccess:
         if not whole:
             await trio.lowlevel.checkpoint()
             return
-        low = min(extent.offset for extent in whole)
-        high = max(extent.offset + extent.length for extent in whole)
+        low, high = _reach(whole)
         async with self._ranges.hold(low, high, exclusive=False):
             self._check(low, high)
             await self._call("discarding", low, high, partial(self._device.discard, whole))
@@ -389,8 +388,7 @@ class DeviceAccess:
     async def place(self, extents: Sequence[Extent]) -> None:
         """Have `resolve` know more of these ranges for writing: see `BlockDevice.place`."""
         self._require(Capability.WRITE, "written", errno.EROFS)
-        low = min(extent.offset for extent in extents)
-        high = max(extent.offset + extent.length for extent in extents)
+        low, high = _reach(extents)
         async with self._ranges.hold(low, high, exclusive=False):
             self._check(low, high)  # the disk may have shrunk while we waited
             await self._call("placing", low, high, partial(self._device.place, extents))
@@ -460,8 +458,14 @@ def _is_possible(extent: HostExtent) -> bool:
     return extent.fd >= 0 and 0 <= extent.offset < end <= _END_OF_EVERYTHING
 
 
-def _hull(requests: Sequence[ReadRequest | WriteRequest]) -> tuple[int, int]:
+def _reach(extents: Sequence[Extent]) -> tuple[int, int]:
     """Where the first byte of them all is, and where the last one ends."""
+    low = min(extent.offset for extent in extents)
+    return low, max(extent.offset + extent.length for extent in extents)
+
+
+def _hull(requests: Sequence[ReadRequest | WriteRequest]) -> tuple[int, int]:
+    """As `_reach`."""
     low = min(request.offset for request in requests)
     return low, max(request.offset + total(request.buffers) for request in requests)
 
