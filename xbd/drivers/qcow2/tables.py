@@ -61,12 +61,12 @@ def load_table(host: Host, offset: int, words: int) -> array[int]:
     return table
 
 
-def pack_table(table: array[int], start: int = 0, stop: int | None = None) -> bytes:
-    """The words [start, stop) as they lie in the image."""
-    part = table[start:stop]
+def pack_table(table: array[int]) -> bytes:
+    """The words as they lie in the image."""
+    words = table[:]
     if _SWAP:
-        part.byteswap()
-    return part.tobytes()
+        words.byteswap()
+    return words.tobytes()
 
 
 class Tables:
