@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_packages import CHUNKS
+from manuals_driver import chunks_with
 
 from xbd.core.driver import BlockDevice, BlockStatus, OpenContext
 from xbd.core.driver.testing import MemoryDevice, MemoryDisk, Wrapper, check_block_device
 from xbd.core.driver.testing.bench import Bench
 from xbd.core.driver.testing.checks_basic import check_block_status
-
-MANUAL = Path(__file__).parents[2] / "docs" / "driver-authors.md"
 
 
 def maker(wrap: Callable[[MemoryDevice], BlockDevice]) -> Any:
@@ -94,15 +90,7 @@ async def test_the_memory_disk_tells_of_its_holes() -> None:
 
 
 async def test_the_manuals_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(CHUNKS)
-    monkeypatch.delitem(sys.modules, "xbd_driver_chunks", raising=False)
-    import xbd_driver_chunks as chunks
-
-    found = re.search(r"<!-- status -->\n```python\n(.*?)```\n", MANUAL.read_text(), re.DOTALL)
-    assert found
-    names: dict[str, Any] = {"CHUNK": chunks.CHUNK}
-    exec(found[1], names)
-    monkeypatch.setattr(chunks.ChunkDevice, "block_status", names["block_status"], raising=False)
+    chunks = chunks_with(monkeypatch, "status", "block_status")
     options = chunks.Options(path=tmp_path, size=(3 << 20) + 512)
     bench = Bench(lambda context: chunks.open_chunks(context, options), chunks.DRIVER.concurrency)
     await check_block_status(bench)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
+from manuals_driver import chunks_with
 
 from xbd.core.driver import Concurrency, Extent, MediaError, Unsupported
 from xbd.core.driver.access import DeviceAccess
@@ -18,9 +16,6 @@ from xbd.core.driver.testing import MemoryDevice, check_block_device
 from xbd.core.driver.testing.bench import Bench, read
 from xbd.core.errors import DeviceBroken, DriverError
 
-ROOT = Path(__file__).parents[2]
-MANUAL = ROOT / "docs" / "driver-authors.md"
-CHUNKS = ROOT / "tests" / "packages" / "xbd-driver-chunks"
 SIZE = 1 << 20
 
 
@@ -99,16 +94,7 @@ async def test_errors_are_told_and_bugs_counted() -> None:
 
 
 async def test_the_manuals_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(CHUNKS)
-    monkeypatch.delitem(sys.modules, "xbd_driver_chunks", raising=False)
-    import xbd_driver_chunks as chunks
-
-    found = re.search(r"<!-- place -->\n```python\n(.*?)```\n", MANUAL.read_text(), re.DOTALL)
-    assert found
-    names: dict[str, Any] = {"CHUNK": chunks.CHUNK}
-    exec(found[1], names)
-    monkeypatch.setattr(chunks.ChunkDevice, "can_place", names["can_place"])
-    monkeypatch.setattr(chunks.ChunkDevice, "place", names["place"])
+    chunks = chunks_with(monkeypatch, "place", "can_place", "place")
     options = chunks.Options(path=tmp_path, size=(3 << 20) + 512)
     bench = Bench(lambda context: chunks.open_chunks(context, options), chunks.DRIVER.concurrency)
     async with bench.open() as access:
