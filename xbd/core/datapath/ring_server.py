@@ -39,8 +39,8 @@ from xbd.core.datapath.engine import MAX_PIECES, MAX_SEGMENTS, IoEngine
 from xbd.core.datapath.extents import ExtentCache, Piece
 from xbd.core.datapath.journal import Journal, OpenRequest
 from xbd.core.datapath.pages import GuestPages, Work
-from xbd.core.datapath.places import Places
 from xbd.core.driver import DeviceAccess, Extent
+from xbd.core.driver.places import Places
 from xbd.core.errors import BadRequest, Disposition, GrantFailed, XbdError
 from xbd.core.hypervisor import EventChannel
 from xbd.core.ratelimit import RateLimit

@@ -15,8 +15,8 @@ from xbd.core.blkif import Decoder, constants
 from xbd.core.datapath.config import DiskStats
 from xbd.core.datapath.native import ffi, lib
 from xbd.core.datapath.native.extents import NativeExtents
-from xbd.core.datapath.places import Places
 from xbd.core.driver import DeviceAccess, Extent, ReadRequest, WriteRequest
+from xbd.core.driver.places import Places
 from xbd.core.errors import (
     DeviceBroken,
     Disposition,

@@ -9,7 +9,9 @@ from typing import Generic, TypeVar
 import attrs
 import trio
 
-from xbd.core.driver import DeviceAccess, DriverError, Extent
+from xbd.core.driver.access import DeviceAccess
+from xbd.core.driver.api import Extent
+from xbd.core.errors import DriverError
 
 WriteT = TypeVar("WriteT")
 
