@@ -127,6 +127,7 @@ class NativeConnection:
             decoder=Decoder(frontend.abi, parts.limits),
             entries=entries(frontend.ring_order),
             stats=parts.stats,
+            events=self._threads.events,
         )
         return self._upcalls
 

@@ -11,6 +11,8 @@ from xbd.core.driver import HostExtent
 
 _MAX_PIECES: Final = 64
 """Places in host files that one request may be spread over; as in the threads."""
+_pieces: Final = ffi.new("struct xbd_piece[]", _MAX_PIECES) if ffi is not None else None
+"""Where they are told, and nobody looks: how many they are is enough."""
 
 
 class NativeExtents:
@@ -22,7 +24,6 @@ class NativeExtents:
             raise MemoryError
         self.handle: Any = ffi.gc(made, lib.xbd_extents_free)
         self._resolve = resolve
-        self._pieces = ffi.new("struct xbd_piece[]", _MAX_PIECES)
         self._whole = [True, True]
         """By direction: whether all extents so far ended where a chunk ends; what the driver
         says of a chunk's beginning is then true of the chunk."""
@@ -45,7 +46,7 @@ class NativeExtents:
 
     def _is_known(self, offset: int, length: int, for_write: bool) -> bool:
         found: int = lib.xbd_extents_find(
-            self.handle, for_write, offset, length, self._pieces, _MAX_PIECES
+            self.handle, for_write, offset, length, _pieces, _MAX_PIECES
         )
         return found > 0
 

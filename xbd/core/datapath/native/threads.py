@@ -19,6 +19,7 @@ mappings of a backend domain."""
 MAX_SPIN_US: Final = 50
 """How long a thread looks for work before it sleeps, where it has a CPU to do so on."""
 _MAX_THREADS: Final = 4
+_MOST_EVENTS: Final = 64
 
 
 class HasPages(Protocol):
@@ -120,6 +121,8 @@ class NativeThreads:
             raise ConfigError(f"the I/O threads can't be started: {os.strerror(ffi.errno)}")
         self.handle: Any = handle
         self.engine: str = ffi.string(lib.xbd_threads_engine(handle)).decode()
+        self.events: Any = ffi.new("struct xbd_event[]", _MOST_EVENTS)
+        """Where the connections fetch their events, each before it waits for anything."""
         self._host = Budget(None, HOST_PAGES)
         self._domain_pages = domain_pages
         self._domains: WeakValueDictionary[int, Budget] = WeakValueDictionary()

@@ -28,7 +28,6 @@ from xbd.core.ratelimit import RateLimit
 
 _log = structlog.get_logger()
 
-_MOST_EVENTS: Final = 64
 MOST_TOGETHER: Final = 1 << 20
 """Bytes that one call is asked for, and that are answered when all of them are done."""
 _OKAY: Final = constants.RSP_OKAY
@@ -59,6 +58,8 @@ class Upcalls:
     entries: int
     """Of each ring."""
     stats: DiskStats
+    events: Any
+    """An array for them, until something is waited for: other connections use it, too."""
     log_limit: RateLimit = attrs.field(factory=RateLimit)
     nursery: trio.Nursery = attrs.field(init=False)
     """Where the driver's methods run; set before `run`."""
@@ -73,12 +74,10 @@ class Upcalls:
     _together: list[list[_Asked]] = attrs.field(factory=lambda: [[], []], init=False)
     """Reads and writes that the driver will be asked for together."""
     _under_way: int = attrs.field(default=0, init=False)
-    _events: Any = attrs.field(init=False)
     _wake_fd: int = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._places = Places(self.access, self._placed)
-        self._events = ffi.new("struct xbd_event[]", _MOST_EVENTS)
         self._wake_fd = lib.xbd_connection_wake_fd(self.handle)
 
     # -- events -----------------------------------------------------------------------------
@@ -88,7 +87,7 @@ class Upcalls:
         try:
             while True:
                 await self._woken()
-                while (count := self._fetch()) == _MOST_EVENTS:
+                while (count := self._fetch()) == len(self.events):
                     self._handle(count)
                     await trio.lowlevel.checkpoint()
                 self._handle(count)
@@ -106,7 +105,7 @@ class Upcalls:
         while not self.stopped:
             await self._woken()
             while count := self._fetch():
-                for event in self._events[0:count]:
+                for event in self.events[0:count]:
                     self._note_end(event)
 
     async def _woken(self) -> None:
@@ -115,13 +114,13 @@ class Upcalls:
             os.read(self._wake_fd, 8)
 
     def _fetch(self) -> int:
-        count: int = lib.xbd_connection_events(self.handle, self._events, _MOST_EVENTS)
+        count: int = lib.xbd_connection_events(self.handle, self.events, len(self.events))
         return count
 
     def _handle(self, count: int) -> None:
         found: list[int] = []
         try:
-            for event in self._events[0:count]:
+            for event in self.events[0:count]:
                 if event.kind == lib.XBD_REQUEST:
                     self._request(event, found)
                 elif event.kind == lib.XBD_REJECTED:
