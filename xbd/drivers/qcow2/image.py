@@ -11,7 +11,7 @@ anyone may still look at what they held before.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final, Protocol
 
@@ -344,9 +344,28 @@ class Image:
             self.refcounts.free(released)
 
     def settle(self) -> None:
-        """Flush if many released clusters wait for it."""
+        """After clusters were taken or released: do what should not wait for the next time.
+
+        Flush if many released ones wait for that, and see to it that there are more to take.
+        """
+        self.stock_up()
         if self.refcounts.released > MOST_RELEASED:
             self.flush()
+
+    def stock_up(self) -> None:
+        """Have clusters reserved in a thread, if they will be needed: nobody has to wait then."""
+        with self.lock:
+            if self.broken is not None or not self.refcounts.wants_more:
+                return
+            try:
+                go_on = self.refcounts.reserve_ahead()
+            except DriverError:
+                return  # whoever needs a cluster hears of it
+        thread = threading.Thread(target=_try, args=(go_on,), name="xbd-reserve", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # there can't be more threads
+            _try(go_on)
 
     # -- the header ---------------------------------------------------------------------------
 
@@ -409,12 +428,18 @@ class Image:
                     self.refcounts.give_back()
                 self.host.flush()
         finally:
+            self.refcounts.await_arrival()  # it uses the file
             for part in (self.backing, self.data_host, self.host):
                 if part is not None:
                     part.close()
 
     def __str__(self) -> str:
         return shown(self.host.path)
+
+
+def _try(reserve: Callable[[], None]) -> None:
+    with suppress(DriverError):  # whoever needs a cluster hears of it
+        reserve()
 
 
 def _shortened(extent: HostExtent | None, length: int) -> HostExtent | None:

@@ -90,6 +90,7 @@ class Placer:
             finally:
                 for words in new.values():
                     self._release(words)
+        image.stock_up()
 
     def _take(self, extent: Extent, new: _Changes) -> None:
         """For all clusters of a range that have no entry."""

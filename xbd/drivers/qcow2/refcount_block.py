@@ -48,6 +48,18 @@ class RefcountBlock:
         low, high = self._dirty or (index, index)
         self._dirty = (min(low, index), max(high, index))
 
+    def fill(self, low: int, high: int, count: int) -> None:
+        """`set` for all of [low, high)."""
+        self.counts[low:high] = array(self.counts.typecode, [count]) * (high - low)
+        for index in (low, high - 1):
+            self.set(index, count)
+
+    def free_from(self, index: int, most: int) -> int:
+        """How many counts from here on are 0; `most`, or some number that may be too small."""
+        while most > 0 and any(self.counts[index : index + most]):
+            most //= 2
+        return max(0, min(most, len(self.counts) - index))
+
     def dirty(self) -> tuple[int, bytes] | None:
         """Where in the block something changed since `clean`, in bytes, and what is there."""
         if self._dirty is None:

@@ -6,7 +6,7 @@ Two of the rules that keep an image whole in a crash are kept here:
 
 * A cluster is handed out only after its count of 1 and its content, zeroes, are durable.  So
   whatever names it may reach the disk in any order.  Clusters are reserved in runs, to pay for one
-  flush per run; what of a run is unused after a crash is leaked, and occupies nothing.
+  flush per run, and ahead, so that nobody waits for it; what is unused after a crash is leaked.
 * A cluster that nothing names any more keeps its count until that is durable: see `release`.
 """
 
@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import errno
 import sys
+import threading
 from array import array
 from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Final
 
 import attrs
@@ -42,12 +44,28 @@ RUN_BYTES: Final = 64 * MIB
 CACHE_BYTES: Final = 4 * MIB
 """Refcount blocks kept in memory, but two at least: 128 GiB of clusters of 64 KiB."""
 
+_FEW: Final = 4
+"""Writes that are made durable one by one rather than by a flush."""
+
 LARGEST_OFFSET: Final = 1 << 56
 """Host offsets have 56 bits."""
 
 
+@attrs.define(eq=False)
+class _Reservation:
+    """Clusters that become used."""
+
+    runs: list[tuple[int, int]]
+    used_before: list[tuple[int, int]] = attrs.field(factory=list)
+    """Runs of them in which something may have been written."""
+    counts: list[tuple[int, bytes]] = attrs.field(factory=list)
+    """Where their counts lie in the image, and what is there; none if others' counts are in the
+    same bytes."""
+    durable: bool = False
+
+
 class Refcounts:
-    """The counts of one image.  Not thread-safe: call it under the image's lock."""
+    """The counts of one image.  Call it under the image's lock, unless a method says otherwise."""
 
     def __init__(
         self,
@@ -75,6 +93,12 @@ class Refcounts:
         self._fresh = -(-host.size() // header.cluster_size)
         """Nothing was ever written at this cluster or behind it."""
         self._pool: deque[int] = deque()
+        self._run_taken = self._goes_on = False
+        """Whether one run has been needed, and more."""
+        self._under_way = threading.Lock()
+        """Held while clusters are being reserved ahead."""
+        self._arrived: deque[_Reservation] = deque()
+        """Reserved ahead, or failed to be, and not in the store yet."""
         self._longest_run = min(LONGEST_RUN, max(1, RUN_BYTES >> self._bits))
         self._run = min(FIRST_RUN, self._longest_run)
         self._released: list[tuple[int, int]] = []
@@ -233,10 +257,22 @@ class Refcounts:
 
     def take(self) -> int:
         """A host cluster: its count of 1 and its zeroes are durable.  Its number."""
+        if self._arrived:
+            self._receive()
         if not self._pool:
-            self._pool.extend(self.reserve(self._run))
-            self._run = min(self._run * 2, self._longest_run)
+            self._take_more()
         return self._pool.popleft()
+
+    def _take_more(self) -> None:
+        self._goes_on = self._run_taken
+        self._run_taken = True
+        try:
+            self._pool.extend(self.reserve(self._run))
+        except NoSpace:
+            self.await_arrival()
+            if not self._pool:
+                raise
+        self._run = min(self._run * 2, self._longest_run)
 
     @property
     def in_store(self) -> int:
@@ -315,6 +351,7 @@ class Refcounts:
         They may be changed, and written, without any effect until a header names their table; then
         `become` them.
         """
+        self.await_arrival()  # whose counts are written where they are now
         clusters, run, blocks = self._take_places()
         try:
             table = array("Q", bytes(8 * len(self._table)))
@@ -413,6 +450,11 @@ class Refcounts:
                 cluster = (index + 1) * self._entries
                 continue
             cluster = index * self._entries + place
+            free = block.free_from(place, min(wanted - len(found), end - cluster))
+            if free and not self._metadata.overlaps(cluster, free):
+                found.extend(range(cluster, cluster + free))
+                cluster += free
+                continue
             if cluster < end and not self._metadata.overlaps(cluster):
                 found.append(cluster)
             cluster += 1
@@ -495,23 +537,106 @@ class Refcounts:
 
     def _reserve(self, run: Sequence[int]) -> None:
         """Make durable that these are used, and that they are zero."""
-        self._host.grow((run[-1] + 1) << self._bits)
-        used_before = runs(cluster for cluster in run if cluster < self._fresh)
-        for first, count in used_before:
-            self._host.zero(first << self._bits, count << self._bits, may_unmap=True)
-        for first, count in runs(run):
-            self._host.allocate(first << self._bits, count << self._bits)
-        for cluster in run:
-            self.change(cluster, 1)
+        reservation = self._count(run)
         try:
-            # A flush waits for the guest's data too: only where there are zeroes to wait for.
-            self.write(durably=not used_before)
-            if used_before:
-                self._host.flush()
+            self._make_durable(reservation)
         except DriverError:
             self.release(run)
             raise
         self._fresh = max(self._fresh, run[-1] + 1)
+
+    def _count(self, run: Sequence[int]) -> _Reservation:
+        """Have the host told that these are used, which nobody uses."""
+        self._host.grow((run[-1] + 1) << self._bits)
+        reservation = _Reservation(runs(run))
+        for first, count in reservation.runs:
+            if first < self._fresh:
+                reservation.used_before.append((first, min(count, self._fresh - first)))
+            while count:
+                index, place = divmod(first, self._entries)
+                part = min(count, self._entries - place)
+                block = self._block(index)
+                assert block is not None
+                block.fill(place, place + part, 1)
+                self._dirty.add(index)
+                if self._header.refcount_bits >= 8:
+                    at = self._table[index] + place * self._header.refcount_bits // 8
+                    reservation.counts.append((at, block.pack(place, place + part)))
+                first, count = first + part, count - part
+        try:
+            self.write()
+        except DriverError:
+            self.release(run)
+            raise
+        return reservation
+
+    def _make_durable(self, reservation: _Reservation) -> None:
+        """What is counted already, and zero.  Without the lock, too: touches nothing else."""
+        for first, count in reservation.used_before:
+            self._host.zero(first << self._bits, count << self._bits, may_unmap=True)
+        for first, count in reservation.runs:
+            self._host.allocate(first << self._bits, count << self._bits)
+        # A flush waits for the guest's data too: only where there are zeroes to wait for, and where
+        # single writes are not possible, or take longer.
+        if reservation.used_before or not 0 < len(reservation.counts) <= _FEW:
+            self._host.flush()
+        else:
+            for offset, data in reservation.counts:
+                self._host.write_durably(offset, data)
+
+    # -- reserving ahead ----------------------------------------------------------------------
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether the store is low and likely to be needed, and nobody fills it."""
+        return (
+            self._goes_on
+            and len(self._pool) < self._run // 2
+            and not self._arrived
+            and not self._under_way.locked()
+        )
+
+    def reserve_ahead(self) -> Callable[[], None]:
+        """Begin to reserve some more for `take`.
+
+        What is returned has to be called, without the lock, to get on with it and to end it.
+        """
+        self._under_way.acquire()
+        try:
+            run = self._find(self._hint, self._run)
+            if not run:
+                raise self._no_room()
+            reservation = self._count(run)
+            self._hint = run[-1] + 1
+            self._run = min(self._run * 2, self._longest_run)
+        except BaseException:
+            self._under_way.release()
+            raise
+        return partial(self._complete, reservation)
+
+    def _complete(self, reservation: _Reservation) -> None:
+        try:
+            self._make_durable(reservation)
+            reservation.durable = True
+        finally:
+            self._arrived.append(reservation)
+            self._under_way.release()
+
+    def await_arrival(self) -> None:
+        """Have all that is being reserved ahead in the store: nobody does that any more then."""
+        with self._under_way:
+            self._receive()
+
+    def _receive(self) -> None:
+        while self._arrived:
+            reservation = self._arrived.popleft()
+            for first, count in reservation.runs:
+                run = range(first, first + count)
+                if reservation.durable:
+                    self._pool.extend(run)
+                    self._fresh = max(self._fresh, run.stop)
+                else:
+                    self.release(run)
 
     # -- releasing ----------------------------------------------------------------------------
 
@@ -560,6 +685,7 @@ class Refcounts:
 
     def _free_pool(self) -> list[int]:
         """What was reserved and not taken."""
+        self.await_arrival()
         pool, self._pool = sorted(self._pool), deque()
         self.free(runs(pool))
         return pool
