@@ -64,7 +64,7 @@ class Rig:
         )
 
     async def connect(self) -> None:
-        await self.disk.connect(self.nursery, self.config())
+        self.nursery.start_soon(self.disk.serve, self.disk.connect(self.config()))
 
     async def die(self, journals: Path) -> None:
         """What a killed daemon leaves behind: the journals as they were just now."""

@@ -176,7 +176,7 @@ class Attacker:
         return attrs.evolve(config, **changes)
 
     async def connect(self, **changes) -> None:
-        await self.link.connect(self.config(**changes))
+        self.link.connect(self.config(**changes))
 
     async def disconnect(self) -> None:
         """As the backend does when the guest's state becomes Closing."""
@@ -416,7 +416,7 @@ async def battlefield(directory: Path, threads: NativeThreads | None = None):
                 ),
                 persistent=True,
             )
-            await disk.connect(nursery, config)
+            nursery.start_soon(disk.serve, disk.connect(config))
             nursery.start_soon(front.run_queues)
             field = Battlefield(host, front, device, nursery, log, threads)
             for _ in range(4):  # until all its pages are mapped

@@ -639,7 +639,7 @@ async def play(scenario: Scenario, path: DataPath, host: EmbeddedHost) -> Outcom
             persistent=scenario.mode is GrantMode.PERSISTENT,
         )
         with patch.object(connection, "make_engine", path.make_engine):
-            await link.connect(config)
+            link.connect(config)
         try:
             answers = [await _one_round(guest, rings, each) for each in builder.rounds]
             produced = [ring.words[2] for ring in rings]

@@ -7,12 +7,12 @@ import trio
 from xbd.core.backend.bell import Bell
 from xbd.core.backend.failure import worst
 from xbd.core.datapath.config import FrontendConfig
-from xbd.core.datapath.disk import Disk
+from xbd.core.datapath.disk import AnyConnection, Disk
 from xbd.core.driver import Capability
 
 
 class Link:
-    """At most one connection at a time, run in a nursery of its own inside `nursery`.
+    """At most one connection at a time, run by a task in `nursery`.
 
     What goes wrong while it serves ends the connection, is kept in `failure`, and rings the bell.
     """
@@ -21,7 +21,6 @@ class Link:
         self._disk = disk
         self._nursery = nursery
         self._bell = bell
-        self._scope: trio.CancelScope | None = None
         self._ended = trio.Event()
         self.frontend: FrontendConfig | None = None
         """What the connection was made from; None while there is none."""
@@ -31,18 +30,14 @@ class Link:
     def connected(self) -> bool:
         return self.frontend is not None
 
-    async def connect(self, frontend: FrontendConfig) -> None:
+    def connect(self, frontend: FrontendConfig) -> None:
         """Map, bind, serve.  Raises what prevented it."""
         assert not self.connected, "connected already"
-        ready = trio.Event()
-        self._ended = trio.Event()
         self.failure = None
+        connection = self._disk.connect(frontend)
+        self._ended = trio.Event()
         self.frontend = frontend
-        self._nursery.start_soon(self._run, frontend, ready)
-        await ready.wait()
-        failure, self.failure = self.failure, None
-        if failure is not None:
-            raise failure
+        self._nursery.start_soon(self._run, connection)
 
     def look_again(self, seconds: float) -> None:
         """Ring the bell in a while."""
@@ -52,21 +47,14 @@ class Link:
         await trio.sleep(seconds)
         self._bell.ring()
 
-    async def _run(self, frontend: FrontendConfig, ready: trio.Event) -> None:
+    async def _run(self, connection: AnyConnection) -> None:
         try:
-            async with trio.open_nursery() as nursery:
-                self._scope = nursery.cancel_scope
-                await self._disk.connect(nursery, frontend)
-                ready.set()
+            await self._disk.serve(connection)
         except Exception as error:
             self.failure = worst(error)
         finally:
-            with trio.CancelScope(shield=True):
-                await self._disk.disconnect(drain=False)
-            self._scope = None
             self.frontend = None
             self._ended.set()
-            ready.set()
             self._bell.ring()
 
     async def drain(self, seconds: float) -> bool:
@@ -86,8 +74,7 @@ class Link:
 
     async def abandon(self) -> None:
         """Disconnect at once; requests in flight get no answer."""
-        if self._scope is not None:
-            self._scope.cancel()
         if self.connected:
             with trio.CancelScope(shield=True):
+                await self._disk.disconnect(drain=False)
                 await self._ended.wait()

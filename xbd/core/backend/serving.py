@@ -119,7 +119,7 @@ class Serving:
             await self._disconnect()
         await self.pace.wait()
         try:
-            await self.link.connect(frontend)
+            self.link.connect(frontend)
         except (GrantFailed, PortFailed):
             if own.state is not XenbusState.CONNECTED or self._tried_long_enough():
                 raise

@@ -17,6 +17,7 @@ from xbd.core.datapath.journal import Debt, Journal, RingIdentity
 from xbd.core.datapath.pages import DomainBudget, RingShare, choose_mode, make_pages
 from xbd.core.datapath.recovery import take_over
 from xbd.core.datapath.ring_server import RingServer
+from xbd.core.datapath.undo import Undo
 from xbd.core.driver import DeviceAccess
 from xbd.core.hostio.fence import full_fence
 from xbd.core.hypervisor import EventChannel, Hypervisor
@@ -32,7 +33,6 @@ class Parts:
     name: str
     devid: int
     access: DeviceAccess
-    extents: ExtentCache
     stats: DiskStats
     hypervisor: Hypervisor
     limits: Limits
@@ -56,18 +56,16 @@ class OpenedRing:
     debt: Debt
 
 
-def open_ring(
-    parts: Parts, frontend: FrontendConfig, number: int, resources: ExitStack
-) -> OpenedRing:
-    """Raises `GrantFailed` or `PortFailed`; `resources` give everything back."""
+def open_ring(parts: Parts, frontend: FrontendConfig, number: int, undo: Undo) -> OpenedRing:
+    """Raises `GrantFailed` or `PortFailed`; `undo` gives everything back."""
     queue = frontend.queues[number]
     abi = frontend.abi
     mapping = parts.hypervisor.map_grants(frontend.domid, queue.ring_refs, writable=True)
-    resources.callback(mapping.unmap)
+    undo.later(mapping.unmap)
     ring = BackRing(mapping.view, abi, frontend.ring_order, fence=full_fence, attach=True)
-    resources.callback(ring.release)
+    undo.later(ring.release)
     channel = parts.hypervisor.bind_interdomain(frontend.domid, queue.event_channel)
-    resources.callback(channel.close)
+    undo.later(channel.close)
     identity = RingIdentity(
         domid=frontend.domid,
         devid=parts.devid,
@@ -80,18 +78,19 @@ def open_ring(
     path = parts.journal_dir and parts.journal_dir / f"{parts.name}.{number}"
     debt = take_over(path, identity, ring)
     journal = Journal(identity, ring.entries, abi.request_size, path, debt)
-    resources.callback(journal.close)
+    undo.later(journal.close)
     return OpenedRing(ring, mapping.address, channel, journal, debt)
 
 
 class Connection:
-    """Serves all rings of one frontend until it is closed."""
+    """Serves all rings of one frontend until it is closed.  `open` it, and `run` it at once."""
 
-    def __init__(self, parts: Parts, frontend: FrontendConfig) -> None:
+    def __init__(self, parts: Parts, frontend: FrontendConfig, extents: ExtentCache) -> None:
         self.frontend = frontend
         self._parts = parts
+        self._extents = extents
         self._engine: IoEngine = make_engine()
-        self._resources = ExitStack()
+        self._undo = Undo()
         self.abandoned = False
         """Whether it has ended, and storage not finished what it was asked for."""
         self._scope = trio.CancelScope()
@@ -109,24 +108,27 @@ class Connection:
             persistent=frontend.persistent and parts.offer_persistent,
         )
 
-    async def run(
-        self, *, task_status: trio.TaskStatus[Connection] = trio.TASK_STATUS_IGNORED
-    ) -> None:
-        """Map, bind, serve; gives everything back on the way out.
-
-        Raises `GrantFailed` or `PortFailed` before it has started, and later `RingCorrupt` or what
-        a driver raises to have its device closed.
-        """
+    def open(self) -> None:
+        """Map and bind.  Raises `GrantFailed` or `PortFailed`; nothing is left over then."""
         try:
             for number in range(len(self.frontend.queues)):
                 self._servers.append(self._open_ring(number))
+        except BaseException:
+            self._release()
+            raise
+
+    async def run(self) -> None:
+        """Serve; gives everything back on the way out.
+
+        Raises `RingCorrupt` or what a driver raises to have its device closed.
+        """
+        try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
                     for server in self._servers:
                         server.nursery = nursery
                     nursery.start_soon(self._engine.run)
-                    nursery.start_soon(self._serve)
-                    task_status.started(self)
+                    await self._serve()
         finally:
             self._release()
 
@@ -146,7 +148,7 @@ class Connection:
     def _open_ring(self, number: int) -> RingServer:
         parts = self._parts
         frontend = self.frontend
-        opened = open_ring(parts, frontend, number, self._resources)
+        opened = open_ring(parts, frontend, number, self._undo)
         share = RingShare(parts.budget, parts.limits.max_indirect_segments)
         entries = opened.ring.entries
         server = RingServer(
@@ -157,7 +159,7 @@ class Connection:
             pages=make_pages(self.mode, parts.hypervisor, frontend.domid, share, entries),
             channel=opened.channel,
             access=parts.access,
-            extents=parts.extents,
+            extents=self._extents,
             engine=self._engine,
             stats=parts.stats,
         )
@@ -170,7 +172,7 @@ class Connection:
             stack.callback(self._released.set)
             for server in self._servers:
                 stack.callback(server.forsake)
-            stack.push(self._resources)
+            stack.callback(self._undo.close)
             stack.callback(self._engine.close)
             if not self._engine.in_flight:
                 for server in self._servers:

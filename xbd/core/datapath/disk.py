@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import attrs
-import trio
 
 from xbd.core.blkif import Limits
 from xbd.core.datapath.config import DiskStats, Features, FrontendConfig, GrantMode
@@ -65,13 +64,14 @@ class Disk:
         self.features = features
         self._stats = DiskStats()
         self.connection: AnyConnection | None = None
-        self._extents = ExtentCache(access.resolve)
+        self._extents = (
+            ExtentCache(access.resolve) if threads is None else NativeExtents(access.resolve)
+        )
         self._serving: list[AnyConnection] = []
         """Connections that may have I/O in flight, from before they begin until they have ended."""
         self._settling: list[_Forgotten] = []
         """Ranges that I/O may be in flight to though nothing of them is known; new ones last."""
         self._threads = threads
-        self._native = NativeExtents(access.resolve) if threads is not None else None
         self._hypervisor = hypervisor
         self._grants = grants
         self._journal_dir = journal_dir
@@ -103,15 +103,17 @@ class Disk:
             max_indirect_segments=features.max_indirect_segments,
         )
 
-    async def connect(self, nursery: trio.Nursery, frontend: FrontendConfig) -> AnyConnection:
-        """Map the rings, bind the ports and serve, in tasks of `nursery`.
+    def connect(self, frontend: FrontendConfig) -> AnyConnection:
+        """Map the rings and bind the ports, for a task that does nothing but `serve` it.
 
         Raises `GrantFailed` or `PortFailed`, or `DeviceBroken` if storage still works for the last
-        one; what goes wrong later is raised into the nursery.
+        one.
         """
         assert self.connection is None, "a disk serves one frontend at a time"
         self.access.require_sound()
-        connection: AnyConnection = await nursery.start(self._run, frontend)
+        connection = self._make(frontend)
+        connection.open()
+        self._serving.append(connection)
         self.connection = connection
         return connection
 
@@ -120,7 +122,6 @@ class Disk:
             name=self.name,
             devid=self.devid,
             access=self.access,
-            extents=self._extents,
             stats=self._stats,
             hypervisor=self._hypervisor,
             limits=self.limits(),
@@ -130,19 +131,19 @@ class Disk:
             journal_dir=self._journal_dir,
             paused=self.paused,
         )
-        if self._threads is not None and self._native is not None:
-            return NativeConnection(parts, frontend, self._threads, self._native)
-        return Connection(parts, frontend)
+        if isinstance(self._extents, NativeExtents):
+            assert self._threads is not None
+            return NativeConnection(parts, frontend, self._threads, self._extents)
+        return Connection(parts, frontend, self._extents)
 
-    async def _run(
-        self, frontend: FrontendConfig, *, task_status: trio.TaskStatus[AnyConnection]
-    ) -> None:
-        connection = self._make(frontend)
-        self._serving.append(connection)
+    async def serve(self, connection: AnyConnection) -> None:
+        """Until it is disconnected, or raises what ends it."""
         try:
-            await connection.run(task_status=task_status)
+            await connection.run()
         finally:
             self._serving.remove(connection)
+            if self.connection is connection:
+                self.connection = None
             if connection.abandoned:
                 # What it still writes could come after what would be written there from now on.
                 self.access.condemn("storage has not finished what a closed connection asked for")
@@ -193,13 +194,10 @@ class Disk:
         Raises `DeviceBroken` if storage does not answer: I/O through them may still be in flight.
         """
         self.access.require_sound()
-        # What is not known can't be in use, unless Python's data path has it in its hands, or
-        # somebody else has just made us forget it.
+        # What is not known can't be in use, unless somebody else has just made us forget it.
         forgotten = _Forgotten(offset, offset + length)
-        known = self._native is None or any(map(forgotten.touches, self._settling))
-        if self._native is not None:
-            known |= self._native.forget(offset, length)
-        self._extents.forget(offset, length)
+        known = self._extents.forget(offset, length)
+        known = known or any(map(forgotten.touches, self._settling))
         if not known or not self._serving:
             return
         self._settling.append(forgotten)

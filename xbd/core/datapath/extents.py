@@ -53,10 +53,12 @@ class ExtentCache:
         self.reading = KnownExtents(partial(resolve, for_write=False))
         self.writing = KnownExtents(partial(resolve, for_write=True))
 
-    def forget(self, offset: int, length: int) -> None:
-        """Drop what is known of a range."""
+    def forget(self, offset: int, length: int) -> bool:
+        """Drop what is known of a range.  Whether I/O through it may be in flight: always, since
+        rings may have found it before and have it in their hands."""
         self.reading.forget(offset, length)
         self.writing.forget(offset, length)
+        return True
 
 
 class KnownExtents:

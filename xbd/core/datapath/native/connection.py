@@ -19,6 +19,7 @@ from xbd.core.datapath.native.extents import NativeExtents
 from xbd.core.datapath.native.threads import Budget, NativeThreads
 from xbd.core.datapath.native.upcalls import Upcalls
 from xbd.core.datapath.pages import choose_mode
+from xbd.core.datapath.undo import Undo
 from xbd.core.errors import BoundaryError, XbdError
 from xbd.core.hypervisor import EventChannel
 
@@ -44,10 +45,11 @@ class NativeConnection:
         self._threads = threads
         self._extents = extents
         self._budget: Budget = threads.budget_of(frontend.domid)
-        self._resources = ExitStack()
+        self._undo = Undo()
         self.abandoned = False
         """Whether it has ended, and storage not finished what it was asked for."""
-        self._scope = trio.CancelScope()
+        self._closing = False
+        self._nursery: trio.Nursery | None = None
         self._released = trio.Event()
         self._handle: Any = None
         self._upcalls: Upcalls | None = None
@@ -59,33 +61,39 @@ class NativeConnection:
             persistent=frontend.persistent and parts.offer_persistent,
         )
 
-    async def run(
-        self, *, task_status: trio.TaskStatus[NativeConnection] = trio.TASK_STATUS_IGNORED
-    ) -> None:
-        """Map, bind, serve; gives everything back on the way out.
+    async def run(self) -> None:
+        """Serve; gives everything back on the way out.
 
-        Raises `GrantFailed` or `PortFailed` before it has started, and later `RingCorrupt` or what
-        a driver raises to have its device closed.
+        Raises `RingCorrupt` or what a driver raises to have its device closed.
         """
+        upcalls = self._upcalls
+        assert upcalls is not None, "it was not opened"
         try:
-            upcalls = self._open()
-            with self._scope:
-                async with trio.open_nursery() as nursery:
-                    upcalls.nursery = nursery
-                    lib.xbd_connection_start(self._handle)
-                    nursery.start_soon(upcalls.run)
-                    task_status.started(self)
+            async with trio.open_nursery() as self._nursery:
+                if self._closing:
+                    self._nursery.cancel_scope.cancel()
+                upcalls.nursery = self._nursery
+                lib.xbd_connection_start(self._handle)
+                await upcalls.run()
         finally:
-            await self._end()
+            await self._end(upcalls)
 
     # -- beginning --------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Map and bind.  Raises `GrantFailed` or `PortFailed`; nothing is left over then."""
+        try:
+            self._upcalls = self._open()
+        except BaseException:
+            self._let_go(stopped=True)
+            raise
 
     def _open(self) -> Upcalls:
         parts, frontend = self._parts, self.frontend
         domain = parts.hypervisor.native_domain(frontend.domid)
         if domain is None:
             raise BoundaryError(f"there is no native data path on {parts.hypervisor.name}")
-        self._resources.callback(domain.close)
+        self._undo.later(domain.close)
         geometry = parts.access.geometry
         config = ffi.new(
             "struct xbd_connection_config *",
@@ -118,8 +126,8 @@ class NativeConnection:
         if self._handle == ffi.NULL:
             raise MemoryError
         for number in range(len(frontend.queues)):
-            self._add_ring(open_ring(parts, frontend, number, self._resources))
-        self._upcalls = Upcalls(
+            self._add_ring(open_ring(parts, frontend, number, self._undo))
+        return Upcalls(
             name=parts.name,
             handle=self._handle,
             access=parts.access,
@@ -129,21 +137,22 @@ class NativeConnection:
             stats=parts.stats,
             events=self._threads.events,
         )
-        return self._upcalls
 
     def _add_ring(self, opened: OpenedRing) -> None:
         ring = opened.ring
         self._journals.append(opened.journal)
-        marks, indices, copies = map(self._borrow, opened.journal.arrays)
+        marks, indices, copies = (
+            opened.journal.arrays
+        )  # they stay where they are until it is closed
         config = ffi.new(
             "struct xbd_ring_config *",
             {
                 "ring": _pointer(opened.address),
                 "entries": ring.entries,
                 "channel": _channel(opened.channel),
-                "marks": ffi.cast("uint64_t *", marks),
-                "indices": ffi.cast("uint32_t *", indices),
-                "copies": ffi.cast("uint8_t *", copies),
+                "marks": ffi.from_buffer("uint64_t[]", marks),
+                "indices": ffi.from_buffer("uint32_t[]", indices),
+                "copies": ffi.from_buffer("uint8_t[]", copies),
                 "req_cons": ring.req_cons,
                 "rsp_prod": ring.rsp_prod_pvt,
                 "owed": len(opened.debt.requests),
@@ -152,29 +161,20 @@ class NativeConnection:
         if not lib.xbd_connection_add_ring(self._handle, config):
             raise MemoryError
 
-    def _borrow(self, view: memoryview) -> Any:
-        """Its memory, which stays where it is until the threads are done."""
-        buffer = ffi.from_buffer(view)
-        self._resources.callback(ffi.release, buffer)
-        return buffer
-
     # -- ending -----------------------------------------------------------------------------
 
-    async def _end(self) -> None:
+    async def _end(self, upcalls: Upcalls) -> None:
         """No task of ours runs any more; let the threads finish what the kernel works on."""
-        stopped = True
         try:
-            if self._upcalls is not None:
-                with trio.move_on_after(CLOSE_SECONDS, shield=True):
-                    self._upcalls.stop()
-                    await self._upcalls.finish()
-                self._upcalls.release_waiting()
-                stopped = self._upcalls.stopped
-                self.refresh()
+            with trio.move_on_after(CLOSE_SECONDS, shield=True):
+                upcalls.stop()
+                await upcalls.finish()
+            upcalls.release_waiting()
+            self.refresh()
         finally:
-            self._let_go(stopped)
+            self._let_go(stopped=upcalls.stopped)
 
-    def _let_go(self, stopped: bool) -> None:
+    def _let_go(self, *, stopped: bool) -> None:
         handle, self._handle = self._handle, None
         with ExitStack() as stack:  # whatever fails on the way, nobody waits for ever
             stack.callback(self._released.set)
@@ -189,7 +189,7 @@ class NativeConnection:
                 self._threads.abandon()
                 trio.lowlevel.spawn_system_task(self._let_go_late, handle)
                 return
-            stack.push(self._resources)
+            stack.callback(self._undo.close)
             if handle is not None:
                 stack.callback(lib.xbd_connection_free, handle)
 
@@ -200,7 +200,7 @@ class NativeConnection:
         _log.warning("storage has answered; its memory is given back", device=self._parts.name)
         with suppress(XbdError, OSError):  # this task must not fail, and nobody is here to be told
             lib.xbd_connection_free(handle)
-            self._resources.close()
+            self._undo.close()
         self._threads.take_back()
         _abandoned.remove(self)
 
@@ -250,7 +250,9 @@ class NativeConnection:
 
     async def aclose(self) -> None:
         """Stop, unmap, unbind.  Requests in flight are abandoned: `drain` first."""
-        self._scope.cancel()
+        self._closing = True
+        if self._nursery is not None:
+            self._nursery.cancel_scope.cancel()
         with trio.CancelScope(shield=True):
             await self._released.wait()
 
