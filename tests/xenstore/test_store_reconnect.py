@@ -84,6 +84,21 @@ async def test_back_within_a_second_and_watching_again(store_dir):
                 await xenstored.kill()
 
 
+async def test_listeners_are_called_when_it_is_back(relay):
+    called = trio.Event()
+    with trio.fail_after(WITHIN_S):
+        async with StoreClient.connect(relay.path) as store:
+            async with store.listen("/a", lambda: called.set()):
+                await called.wait()
+                called = trio.Event()
+                await relay.cut()
+                await called.wait()
+                called = trio.Event()
+                await store.write("/a/b", "1")
+                await called.wait()
+            assert store.generation == 2
+
+
 async def test_calls_in_progress_are_lost_and_later_ones_wait(relay):
     with trio.fail_after(WITHIN_S):
         async with StoreClient.connect(relay.path) as store:

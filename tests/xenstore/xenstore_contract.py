@@ -39,6 +39,19 @@ async def until_reported(watch, path):
     return seen
 
 
+class Calls:
+    """Whether a listener was called."""
+
+    def __init__(self):
+        self.forget()
+
+    def forget(self):
+        self.some = trio.Event()
+
+    def add(self):
+        self.some.set()
+
+
 @pytest.mark.trio
 class StoreContract:
     async def test_values(self, store_path):
@@ -330,6 +343,32 @@ class StoreContract:
                     await store.read(SCRATCH)
                     seen = await watch.changed()
                     assert len(seen) <= 64
+
+    async def test_a_listener_is_called_for_each_change(self, store_path):
+        calls = Calls()
+        async with scratch_store(store_path) as store:
+            with trio.fail_after(WITHIN_S):
+                async with store.listen(f"{SCRATCH}/a", calls.add):
+                    for path in ("a", "a/b", "a"):
+                        calls.forget()
+                        await store.write(f"{SCRATCH}/{path}", "1")
+                        await calls.some.wait()
+
+    async def test_a_listener_is_called_for_nothing_else(self, store_path):
+        calls = Calls()
+        async with scratch_store(store_path) as store, store.watch(SCRATCH) as watch:
+            with trio.fail_after(WITHIN_S):
+
+                async def write(path):
+                    await store.write(f"{SCRATCH}/{path}", "1")
+                    await until_reported(watch, f"{SCRATCH}/{path}")  # events come in order
+
+                async with store.listen(f"{SCRATCH}/a", calls.add):
+                    await write("a")
+                    calls.forget()
+                    await write("ab")
+                await write("a")
+                assert not calls.some.is_set()
 
     @pytest.mark.parametrize("name", ["@introduceDomain", "@releaseDomain"])
     async def test_special_watches(self, store_path, name):

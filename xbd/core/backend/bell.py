@@ -42,6 +42,13 @@ class Bell:
         self._event = trio.Event()
         self._event.set()
         self._pace = Pace(_FREE_LOOKS, _LOOK_PAUSE_SECONDS)
+        self.stopping = False
+        """Whether it was rung because the daemon stops."""
+
+    def ring_for_stop(self) -> None:
+        """The daemon stops."""
+        self.stopping = True
+        self.ring()
 
     def ring(self) -> None:
         self._event.set()

@@ -7,7 +7,6 @@ device never overlap.
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
 from pathlib import Path
 
 import attrs
@@ -81,7 +80,6 @@ class Device:
         self._refusal = refusal
         self._node = Node(services.store, services.base, device)
         self._bell = Bell()
-        self._stopping = trio.Event()
         self._emulation: Emulation | None = None
         self._pace = Pace(_FREE_CONNECTS, _CONNECT_PAUSE_SECONDS)
         limits = services.policy.limits
@@ -129,12 +127,11 @@ class Device:
 
     def stop(self) -> None:
         """Let `run` end, in the way that the policy wants."""
-        self._stopping.set()
-        self._bell.ring()
+        self._bell.ring_for_stop()
 
     async def run(self) -> None:
         """Until the directory has vanished or the daemon stops.  Raises what stops the daemon."""
-        while not self._stopping.is_set():
+        while not self._bell.stopping:
             try:
                 own = await self._node.read()
             except StoreLost:
@@ -156,19 +153,11 @@ class Device:
 
     async def _incarnation(self, own: OwnKeys) -> Outcome:
         """From one attach by the toolstack to its end."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._watch, own)
+        async with self._node.listen_to_frontend(own, self._bell.ring):
             outcome = await self._live(own)
-            nursery.cancel_scope.cancel()
         if outcome is not Outcome.AGAIN:
             self._diagnostics.detached(outcome.value)
         return outcome
-
-    async def _watch(self, own: OwnKeys) -> None:
-        async with self._node.watch_frontend(own) as watch:
-            while True:
-                await watch.changed()
-                self._bell.ring()
 
     async def _live(self, own: OwnKeys) -> Outcome:
         self._bell.ring()
@@ -201,39 +190,38 @@ class Device:
     # -- with a disk ------------------------------------------------------------------------
 
     async def _with_disk(self, own: OwnKeys) -> Outcome:
-        async with AsyncExitStack() as stack:
-            try:
-                access = await self._open(own, stack)
-            except Exception as error:
-                refusal = worst(error)
-            else:
+        is_open = False
+        try:
+            spec = self._spec(own)
+            opening = open_disk(
+                spec,
+                device_id=self.id.name,
+                writable=own.writable,
+                image_dirs=self._policy.image_dirs,
+            )
+            async with opening as access:
+                is_open = True
+                self._diagnostics.attached(str(spec), access.geometry, writable=own.writable)
                 try:
                     return await self._serve(own, access)
                 finally:
                     self.disk = self._emulation = None
+        except Exception as error:
+            if is_open:
+                raise
+            refusal = worst(error)
         return await self._refuse(own, refusal)
 
-    async def _open(self, own: OwnKeys, stack: AsyncExitStack) -> DeviceAccess:
+    def _spec(self, own: OwnKeys) -> DiskSpec:
         if self._refusal is not None:
             raise self._refusal
-        spec = DiskSpec.parse(disk_text(own))
-        opening = open_disk(
-            spec,
-            device_id=self.id.name,
-            writable=own.writable,
-            image_dirs=self._policy.image_dirs,
-        )
-        access = await stack.enter_async_context(opening)
-        self._diagnostics.attached(str(spec), access.geometry, writable=own.writable)
-        return access
+        return DiskSpec.parse(disk_text(own))
 
     async def _serve(self, own: OwnKeys, access: DeviceAccess) -> Outcome:
-        emulation = emulated(
-            access,
-            await self._nbd_path(own),
-            self._diagnostics,
-            drain_seconds=self.drain_seconds,
-        )
+        path = await self._nbd_path(own)
+        if path is None:
+            return await self._serve_guest(own, access)
+        emulation = emulated(access, path, self._diagnostics, drain_seconds=self.drain_seconds)
         async with emulation as self._emulation:
             return await self._serve_guest(own, access)
 
@@ -273,7 +261,6 @@ class Device:
                 policy=policy,
                 diagnostics=self._diagnostics,
                 pace=self._pace,
-                stopping=self._stopping,
             )
             try:
                 return await serving.run()
@@ -293,7 +280,7 @@ class Device:
         return await self._without_disk(retry=retry)
 
     async def _without_disk(self, *, retry: bool) -> Outcome:
-        return await serve_without_disk(self._node, self._bell, self._stopping, retry=retry)
+        return await serve_without_disk(self._node, self._bell, retry=retry)
 
     def _may_fail_again(self) -> bool:
         if self._budget.spend():

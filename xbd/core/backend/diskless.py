@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import trio
-
 from xbd.core.backend.bell import Bell
 from xbd.core.backend.keys import OwnKeys
 from xbd.core.backend.node import Node
@@ -42,9 +40,7 @@ def next_state(own: OwnKeys, theirs: XenbusState | None) -> XenbusState:
     return ours
 
 
-async def serve_without_disk(
-    node: Node, bell: Bell, stopping: trio.Event, *, retry: bool
-) -> Outcome:
+async def serve_without_disk(node: Node, bell: Bell, *, retry: bool) -> Outcome:
     """Answer toolstack and guest as far as that goes without a disk.
 
     `retry`: end with AGAIN when the guest begins anew.
@@ -52,7 +48,7 @@ async def serve_without_disk(
     bell.ring()
     while True:
         await bell.wait()
-        if stopping.is_set():
+        if bell.stopping:
             return Outcome.STOPPED
         own = await node.look_again()
         if own is None:

@@ -51,22 +51,19 @@ class Emulation:
 
 @asynccontextmanager
 async def emulated(
-    access: DeviceAccess, path: Path | None, diagnostics: Diagnostics, *, drain_seconds: float
+    access: DeviceAccess, path: Path, diagnostics: Diagnostics, *, drain_seconds: float
 ) -> AsyncIterator[Emulation | None]:
     """Serve the disk to QEMU at `path` meanwhile.
 
-    None: it is not served, because it was not wanted, or because of what the log says.  Whatever
-    goes wrong with QEMU is logged, and the guest's own drivers go on.  At the end, requests that
-    were taken have `drain_seconds` to finish.
+    None: it is not served, because of what the log says.  Whatever goes wrong with QEMU is logged,
+    and the guest's own drivers go on.  At the end, requests that were taken have `drain_seconds`
+    to finish.
     """
     with ExitStack() as stack:
-        if path is not None:
-            try:
-                listener = stack.enter_context(listening(path))
-            except SocketUnavailable as error:
-                diagnostics.not_emulated(error)
-                path = None
-        if path is None:
+        try:
+            listener = stack.enter_context(listening(path))
+        except SocketUnavailable as error:
+            diagnostics.not_emulated(error)
             yield None
             return
         server = NbdServer(Export(access=access))

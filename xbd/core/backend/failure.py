@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterator
 
 import attrs
@@ -88,12 +87,11 @@ class FailureBudget:
 
     failures: int
     window_seconds: float
-    _times: deque[float] = attrs.field(factory=deque, init=False)
+    _times: list[float] = attrs.field(factory=list, init=False)
 
     def spend(self) -> bool:
         """Note one failure; False: that was one too many."""
         now = time.monotonic()
-        while self._times and now - self._times[0] > self.window_seconds:
-            self._times.popleft()
+        self._times = [at for at in self._times if now - at <= self.window_seconds]
         self._times.append(now)
         return len(self._times) <= self.failures

@@ -35,7 +35,7 @@ from xbd.core.blkif.state import XenbusState
 from xbd.core.datapath import Disk, Features, FrontendConfig
 from xbd.core.driver import Geometry
 from xbd.core.errors import StoreError
-from xbd.core.xenstore.base import Store, StoreReader, Watch
+from xbd.core.xenstore.base import Store, StoreReader
 
 Body = Callable[[StoreReader], Awaitable[None]]
 
@@ -80,9 +80,11 @@ class Node:
             machine=platform.machine(),
         )
 
-    def watch_frontend(self, own: OwnKeys) -> AbstractAsyncContextManager[Watch]:
+    def listen_to_frontend(
+        self, own: OwnKeys, changed: Callable[[], None]
+    ) -> AbstractAsyncContextManager[object]:
         """Only its state: a guest may write whatever else it likes, as often as it likes."""
-        return self._store.watch(f"{own.frontend}/state")
+        return self._store.listen(f"{own.frontend}/state", changed)
 
     async def _change(self, expected: XenbusState, body: Body) -> bool:
         async def guarded(tree: StoreReader) -> bool:

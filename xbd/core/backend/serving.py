@@ -38,8 +38,6 @@ class Serving:
     diagnostics: Diagnostics
     pace: Pace
     """Of connects: a guest that connects and closes for ever must not keep the daemon busy."""
-    stopping: trio.Event
-    """Set once when the daemon is told to stop; the bell is rung too."""
     _retry_until: float | None = attrs.field(default=None, init=False)
 
     async def run(self) -> Outcome:
@@ -47,7 +45,7 @@ class Serving:
         while True:
             await self.bell.wait()
             try:
-                if self.stopping.is_set():
+                if self.bell.stopping:
                     return await self._stop()
                 outcome = await self._look()
             except StoreLost:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, Final
@@ -37,7 +36,7 @@ class Workers:
         """`name` is what debuggers see of a thread while it works for this one."""
         self._name = name
         self._free = most
-        self._waiting: deque[trio.Event] = deque()
+        self._waiting: list[trio.Event] = []
 
     async def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """``function(*args)`` in a thread.
@@ -79,7 +78,7 @@ class Workers:
 
     def _wake(self) -> None:
         if self._waiting:
-            self._waiting.popleft().set()
+            self._waiting.pop(0).set()
 
 
 class _Worker:

@@ -88,6 +88,11 @@ class Store(StoreReader):
         """Watch `path` and everything below it (``@introduceDomain``, ``@releaseDomain`` too)."""
 
     @abc.abstractmethod
+    def listen(self, path: str, changed: Callable[[], None]) -> AbstractAsyncContextManager[object]:
+        """As `watch`, for those who wait for other things, too: `changed` is called soon after
+        something changed, and must not raise.  The end of the store is not told."""
+
+    @abc.abstractmethod
     async def transact(self, body: Callable[[StoreReader], Awaitable[T]]) -> T:
         """Run `body` in a transaction; again from the start each time XenStore says EAGAIN.
 

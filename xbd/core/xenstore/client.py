@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -17,7 +17,7 @@ from xbd.core.units import Domid
 from xbd.core.xenstore.base import Store, StoreReader, Watch
 from xbd.core.xenstore.calls import Calls, decode_text, encode_path
 from xbd.core.xenstore.client_transaction import attempt_transaction
-from xbd.core.xenstore.client_watch import ClientWatch
+from xbd.core.xenstore.client_watch import ClientListener, ClientWatch, Standing
 from xbd.core.xenstore.link import Link
 from xbd.core.xenstore.places import (
     default_store_path,
@@ -30,6 +30,7 @@ from xbd.core.xenstore.protocol import NUL, Op
 __all__ = ["StoreClient", "default_store_path"]
 
 T = TypeVar("T")
+StandingT = TypeVar("StandingT", bound=Standing)
 _log = structlog.get_logger(__name__)
 
 ANSWER_WITHIN_S: Final = 10.0
@@ -68,7 +69,7 @@ class StoreClient(Calls, Store):
         self._generation = 0
         self._closed: StoreLost | None = None
         self._ready = trio.lowlevel.ParkingLot()
-        self._watches: dict[bytes, ClientWatch] = {}
+        self._watches: dict[bytes, Standing] = {}
         self._last_token = 0
         self._transactions = trio.Semaphore(_TRANSACTIONS)
 
@@ -139,9 +140,23 @@ class StoreClient(Calls, Store):
 
     @asynccontextmanager
     async def watch(self, path: str) -> AsyncIterator[Watch]:
-        encode_path(path)
+        async with self._standing(ClientWatch(path, self._new_token())) as watch:
+            with trio.move_on_after(_INITIAL_EVENT_WITHIN_S):
+                await watch.wait()  # XenStore reports the path once up front
+            if not watch.pending:
+                watch.notify(path)
+            yield watch
+
+    def listen(self, path: str, changed: Callable[[], None]) -> AbstractAsyncContextManager[object]:
+        return self._standing(ClientListener(path, self._new_token(), changed))
+
+    def _new_token(self) -> bytes:
         self._last_token += 1
-        watch = ClientWatch(path, b"xbd-%d" % self._last_token)
+        return b"xbd-%d" % self._last_token
+
+    @asynccontextmanager
+    async def _standing(self, watch: StandingT) -> AsyncIterator[StandingT]:
+        encode_path(watch.path)
         self._watches[watch.token] = watch
         try:
             while watch.generation != self._generation:
@@ -149,10 +164,6 @@ class StoreClient(Calls, Store):
                 if watch.generation != self._generation:
                     with contextlib.suppress(StoreLost):  # the reconnection sets it again
                         await _set_watch(link, watch, self._generation)
-            with trio.move_on_after(_INITIAL_EVENT_WITHIN_S):
-                await watch.wait()  # XenStore reports the path once up front
-            if not watch.pending:
-                watch.notify(path)
             yield watch
         finally:
             del self._watches[watch.token]
@@ -284,12 +295,12 @@ class StoreClient(Calls, Store):
             watch.notify(decode_text(path))
 
 
-async def _set_watch(link: Link, watch: ClientWatch, generation: int) -> None:
+async def _set_watch(link: Link, watch: Standing, generation: int) -> None:
     await link.request(Op.WATCH, _watch_payload(watch))
     watch.generation = generation
 
 
-def _watch_payload(watch: ClientWatch) -> bytes:
+def _watch_payload(watch: Standing) -> bytes:
     return encode_path(watch.path) + watch.token + NUL
 
 

@@ -1,9 +1,12 @@
-"""A client's watch: events come in at any rate, memory stays bounded."""
+"""A client's watches: events come in at any rate, memory stays bounded."""
 
 from __future__ import annotations
 
+import abc
+from collections.abc import Callable
 from typing import Final
 
+import attrs
 import trio
 
 from xbd.core.errors import StoreLost
@@ -12,21 +15,55 @@ from xbd.core.xenstore.base import Watch
 _DISTINCT_PATHS: Final = 64
 
 
-class ClientWatch(Watch):
+@attrs.define(eq=False)
+class Standing(abc.ABC):
+    """What XenStore knows by a token."""
+
+    path: str
+    token: bytes
+    generation: int = attrs.field(default=0, init=False)
+    """Of the connection on which it is set."""
+
+    @abc.abstractmethod
+    def notify(self, path: str) -> None:
+        """`path` changed."""
+
+    @abc.abstractmethod
+    def notify_everything(self) -> None:
+        """Anything may have changed."""
+
+    @abc.abstractmethod
+    def end(self, reason: StoreLost) -> None:
+        """There will be no events any more."""
+
+
+@attrs.define(eq=False)
+class ClientListener(Standing):
+    """Calls somebody for each event: it is for them to make light of a flood."""
+
+    changed: Callable[[], None]
+
+    def notify(self, path: str) -> None:
+        self.changed()
+
+    def notify_everything(self) -> None:
+        self.changed()
+
+    def end(self, reason: StoreLost) -> None:
+        """Nobody waits for it."""
+
+
+class ClientWatch(Standing, Watch):
     """Keeps distinct paths up to a bound, beyond which only that something changed (XSA-349)."""
 
     def __init__(self, path: str, token: bytes) -> None:
-        self.path = path
-        self.token = token
-        self.generation = 0
-        """Of the connection on which it is set."""
+        super().__init__(path, token)
         self._paths: dict[str, None] = {}
         self._everything = False
         self._end: StoreLost | None = None
         self._bell = trio.lowlevel.ParkingLot()
 
     def notify(self, path: str) -> None:
-        """`path` changed."""
         if self._everything:
             return
         self._paths[path] = None
@@ -35,13 +72,11 @@ class ClientWatch(Watch):
         self._bell.unpark_all()
 
     def notify_everything(self) -> None:
-        """Anything may have changed."""
         self._paths = {self.path: None}
         self._everything = True
         self._bell.unpark_all()
 
     def end(self, reason: StoreLost) -> None:
-        """There will be no events any more."""
         self._end = reason
         self._bell.unpark_all()
 
