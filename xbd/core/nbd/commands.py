@@ -53,6 +53,12 @@ class Commands:
     structured: bool
     """Whether replies are."""
 
+    def is_special(self, flags: int, length: int, *, write: bool) -> bool:
+        """Whether more than moving its bytes belongs to a transfer."""
+        if write:
+            return bool(flags & nbd.CMD_FLAG_FUA)
+        return self.structured and length >= _HOLES_FROM and not flags & nbd.CMD_FLAG_DF
+
     async def carry_out(self, request: Request, memory: memoryview) -> Sequence[Part]:
         """`memory` is the data of a write, and the place for a read's; it may be in the reply."""
         offset, length, flags = request.offset, request.length, request.flags
@@ -88,7 +94,7 @@ class Commands:
             await self.access.readv(start, [memory])
             return [replies.done(request.cookie), memory]
         told: Sequence[BlockStatus] = ()
-        if request.length >= _HOLES_FROM and not request.flags & nbd.CMD_FLAG_DF:
+        if self.is_special(request.flags, request.length, write=False):
             told = await self._zeroes(start, end)
         parts: list[Part] = []
         at = start

@@ -2,8 +2,8 @@
 
 Everything that has arrived is taken apart in one go.  Reads that the page cache has are answered
 at once; transfers on resolved extents go to the engine, one submission for all of them; the rest
-goes to the driver's methods in tasks of their own.  Answers leave in any order, those that are
-ready together with one system call.
+are upcalls to the driver.  Answers leave in any order, those that are ready together with one
+system call.
 
 Order.  Requests have none, but for FLUSH, which makes durable what was answered before it came.
 """
@@ -19,10 +19,10 @@ from typing import Final
 import attrs
 import trio
 
-from xbd.core.errors import Disposition, DriverError
+from xbd.core.errors import DriverError
 from xbd.core.nbd import constants as nbd
 from xbd.core.nbd import replies
-from xbd.core.nbd.buffers import Buffer, BufferPool
+from xbd.core.nbd.buffers import BufferPool
 from xbd.core.nbd.checks import Checks
 from xbd.core.nbd.commands import Commands, Request
 from xbd.core.nbd.direct import NOWAIT, DirectIo
@@ -35,6 +35,7 @@ from xbd.core.nbd.limits import REPLY_BYTES, Share
 from xbd.core.nbd.negotiation import Agreed
 from xbd.core.nbd.outbox import Outbox
 from xbd.core.nbd.poller import READ, WRITE, Poller
+from xbd.core.nbd.upcalls import Upcalls
 from xbd.core.units import KIB, MIB
 
 _log = logging.getLogger(__name__)
@@ -43,7 +44,6 @@ _INLINE_BYTES: Final = 128 * KIB
 """Longer reads would keep the others waiting."""
 _TURN_BYTES: Final = 8 * MIB
 """So do many of them."""
-_NO_MEMORY: Final = memoryview(b"")
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -64,9 +64,9 @@ class Connection:
     """For the log; not all that clients cause gets there."""
     received: bytes
     """What the client has sent already."""
-    _commands: Commands = attrs.field(init=False)
     _checks: Checks = attrs.field(init=False)
     _outbox: Outbox = attrs.field(init=False)
+    _upcalls: Upcalls = attrs.field(init=False)
     _nursery: trio.Nursery = attrs.field(init=False)
     _over: trio.Event = attrs.field(factory=trio.Event, init=False)
     """No more requests are taken."""
@@ -75,17 +75,27 @@ class Connection:
     _lacked: int = attrs.field(default=0, init=False)
     """When there was no room: `Budget.given` of that moment."""
     _inbox: Inbox = attrs.field(init=False)
-    _arriving: tuple[Transfer, int] | None = attrs.field(default=None, init=False)
-    """A write whose data is still arriving, and its flags."""
+    _arriving: Transfer | None = attrs.field(default=None, init=False)
+    """A write whose data is still arriving."""
     _turn: int = attrs.field(default=_TURN_BYTES, init=False)
     _taking: bool = attrs.field(default=False, init=False)
     """Whether replies are sent soon anyway."""
 
     def __attrs_post_init__(self) -> None:
-        self._commands = Commands(self.export.access, self.direct, self.agreed.structured)
+        access, structured = self.export.access, self.agreed.structured
         self._checks = Checks(self.export, self.agreed)
         self._inbox = Inbox(self.received)
-        self._outbox = Outbox(self.sock, self.share, self.pool)
+        self._outbox = Outbox(self.sock, self.share, self.pool, structured=structured)
+        self._upcalls = Upcalls(
+            access=access,
+            commands=Commands(access, self.direct, structured),
+            direct=self.direct,
+            poller=self.poller,
+            outbox=self._outbox,
+            flush=self._flush,
+            failed=self.failed,
+            note=self.note,
+        )
 
     # -- life -------------------------------------------------------------------------------
 
@@ -96,7 +106,7 @@ class Connection:
         """
         try:
             async with trio.open_nursery() as nursery:
-                self._nursery = nursery
+                self._nursery = self._upcalls.nursery = nursery
                 self._watch()
                 self._guarded(self._go_on)
                 await self._over.wait()
@@ -105,6 +115,7 @@ class Connection:
         finally:
             self._over.set()
             self._forget_arriving()
+            self._upcalls.abandon()
             self._outbox.drop()
             self._watch()
 
@@ -126,8 +137,7 @@ class Connection:
     def _forget_arriving(self) -> None:
         """A write that never arrived whole."""
         if self._arriving is not None:
-            transfer, _ = self._arriving
-            self._arriving = None
+            transfer, self._arriving = self._arriving, None
             self.pool.give(transfer.buffer)
             self.share.give(1, transfer.length)
 
@@ -200,6 +210,7 @@ class Connection:
             return self._take_all()
         finally:
             self._taking = False
+            self._upcalls.begin()
             self.direct.kick()
             self._flush()
 
@@ -208,8 +219,8 @@ class Connection:
         if self._arriving is not None:
             if not inbox.complete:
                 return True
-            (transfer, flags), self._arriving = self._arriving, None
-            self._write(transfer, flags)
+            transfer, self._arriving = self._arriving, None
+            self._write(transfer)
         while (request := inbox.peek()) is not None:
             flags, kind, cookie, offset, length = request
             if kind == nbd.CMD_DISC:
@@ -223,30 +234,31 @@ class Connection:
             if problem is not None:
                 if kind == nbd.CMD_WRITE:
                     inbox.skip(length)
-                self._refuse(cookie, REPLY_BYTES, *problem)
+                self._outbox.refuse(cookie, REPLY_BYTES, *problem)
             elif kind == nbd.CMD_READ and length:
-                self._read(flags, cookie, offset, length)
+                buffer = self.pool.take(length)
+                self._read(Transfer(self, False, offset, length, buffer, cookie, flags))
             elif kind == nbd.CMD_WRITE and length:
-                transfer = Transfer(self, True, offset, length, self.pool.take(length), cookie)
-                if not inbox.fetch(transfer.buffer.view[:length]):
-                    self._arriving = (transfer, flags)
+                buffer = self.pool.take(length)
+                transfer = Transfer(self, True, offset, length, buffer, cookie, flags)
+                if not inbox.fetch(transfer.data):
+                    self._arriving = transfer
                     break
-                self._write(transfer, flags)
+                self._write(transfer)
             elif length or kind == nbd.CMD_FLUSH:
-                self._start_slowly(Request(kind, flags, cookie, offset, length), charge, None)
+                self._upcalls.start(Request(kind, flags, cookie, offset, length), charge, None)
             else:
                 self._outbox.put((self._nothing(kind, cookie),), charge)
         inbox.compact()
         return True
 
-    def _read(self, flags: int, cookie: int, offset: int, length: int) -> None:
+    def _read(self, transfer: Transfer) -> None:
         """At once if the page cache has it, by the engine if an extent does."""
-        transfer = Transfer(self, False, offset, length, self.pool.take(length), cookie)
-        entry = self.direct.find(offset, length, for_write=False)
+        entry = self.direct.find(transfer.offset, transfer.length, for_write=False)
         if entry is None:
-            self._transfer_slowly(transfer, flags)
+            self._upcalls.transfer(transfer)
         elif self._read_cached(transfer, entry):
-            self._put_data(transfer)
+            self._outbox.moved(transfer)
         else:
             self.direct.start(transfer, entry)
 
@@ -255,55 +267,23 @@ class Connection:
         if length > _INLINE_BYTES or self._turn < 0 or not self.direct.is_cached(fd):
             return False
         self._turn -= length
-        place = [transfer.buffer.view[:length]]
         try:
-            return os.preadv(fd, place, transfer.offset + entry[3], NOWAIT) == length
+            return os.preadv(fd, [transfer.data], transfer.offset + entry[3], NOWAIT) == length
         except BlockingIOError:
             return False  # not in the page cache
         except OSError:
             self.direct.never_cached(fd)
             return False
 
-    def _write(self, transfer: Transfer, flags: int) -> None:
+    def _write(self, transfer: Transfer) -> None:
         """By the engine if an extent has the place, and it need not be durable at once."""
         entry = None
-        if not flags & nbd.CMD_FLAG_FUA:
+        if not transfer.flags & nbd.CMD_FLAG_FUA:
             entry = self.direct.find(transfer.offset, transfer.length, for_write=True)
         if entry is None:
-            self._transfer_slowly(transfer, flags)
+            self._upcalls.transfer(transfer)
         else:
             self.direct.start(transfer, entry)
-
-    # -- upcalls ----------------------------------------------------------------------------
-
-    def _transfer_slowly(self, transfer: Transfer, flags: int = 0) -> None:
-        kind = nbd.CMD_WRITE if transfer.write else nbd.CMD_READ
-        length = transfer.length
-        request = Request(kind, flags, transfer.cookie, transfer.offset, length)
-        self._start_slowly(request, length, transfer.buffer)
-
-    def _start_slowly(self, request: Request, charge: int, buffer: Buffer | None) -> None:
-        self.poller.tasks += 1
-        self._nursery.start_soon(self._carry_out, request, charge, buffer)
-
-    async def _carry_out(self, request: Request, charge: int, buffer: Buffer | None) -> None:
-        """By the driver's methods, in a task of its own."""
-        memory = _NO_MEMORY if buffer is None else buffer.view[: request.length]
-        try:
-            reply = await self._commands.carry_out(request, memory)
-        except DriverError as error:
-            self.note(f"request failed: {error}")
-            self._refuse(request.cookie, charge, *replies.error_of(error), buffer)
-            if error.disposition >= Disposition.CLOSE_DEVICE:
-                self.failed(error)
-        except BaseException:
-            self._outbox.put((), charge, buffer)  # nobody hears of it, but it is over
-            raise
-        else:
-            self._outbox.put(reply, charge, buffer)
-        finally:
-            self.poller.tasks -= 1
-        self._flush()
 
     # -- answers out ------------------------------------------------------------------------
 
@@ -312,16 +292,12 @@ class Connection:
         self.direct.ended(good)
         self.direct.ended(bad)
         for transfer in good:
-            if transfer.write:
-                reply = replies.done(transfer.cookie)
-                self._outbox.put((reply,), transfer.length, transfer.buffer)
-            else:
-                self._put_data(transfer)
-        for transfer in bad:
-            if self._outbox.gone:
-                self._outbox.put((), transfer.length, transfer.buffer)
-            else:
-                self._transfer_slowly(transfer)
+            self._outbox.moved(transfer)
+        if self._outbox.gone:
+            self._outbox.give_up(bad)
+        else:
+            for transfer in bad:
+                self._upcalls.alone(transfer)
         if not self._taking:
             self._flush()
 
@@ -334,25 +310,11 @@ class Connection:
         elif self._outbox.full != was_full:
             self._watch()
 
-    def _put_data(self, transfer: Transfer) -> None:
-        cookie, length, buffer = transfer.cookie, transfer.length, transfer.buffer
-        if self.agreed.structured:
-            header = replies.data(cookie, transfer.offset, length)
-        else:
-            header = replies.done(cookie)
-        self._outbox.put((header, buffer.view[:length]), length, buffer)
-
     def _nothing(self, kind: int, cookie: int) -> bytes:
         """The reply to a request for nothing."""
         if kind == nbd.CMD_READ and self.agreed.structured:
             return replies.nothing(cookie)
         return replies.done(cookie)
-
-    def _refuse(
-        self, cookie: int, charge: int, error: int, text: bytes, buffer: Buffer | None = None
-    ) -> None:
-        reply = replies.failed(cookie, error, text, structured=self.agreed.structured)
-        self._outbox.put((reply,), charge, buffer)
 
 
 class _Disconnect(Exception):

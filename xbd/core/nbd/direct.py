@@ -49,6 +49,10 @@ class DirectIo:
         geometry = access.geometry
         self._unit = max(geometry.request_alignment, geometry.memory_alignment)
 
+    def fits(self, offset: int, length: int) -> bool:
+        """Whether the driver and the host take a transfer of this range as it is."""
+        return not (offset | length) % self._unit
+
     def find(self, offset: int, length: int, *, for_write: bool) -> Entry | None:
         """Where a range lies, or None: use the driver's methods."""
         if (offset | length) % self._unit:

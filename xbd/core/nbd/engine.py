@@ -47,6 +47,13 @@ class Transfer:
     buffer: Buffer
     cookie: int
     """What the client knows the request by."""
+    flags: int
+    """Of the command."""
+
+    @property
+    def data(self) -> memoryview:
+        """The memory."""
+        return self.buffer.view[: self.length]
 
 
 class Engine(abc.ABC):
@@ -204,10 +211,9 @@ def _move_all(queued: Sequence[tuple[Transfer, int, int]]) -> list[tuple[Transfe
 
 
 def _move(transfer: Transfer, fd: int, offset: int) -> bool:
-    buffers = [transfer.buffer.view[: transfer.length]]
     move = os.pwritev if transfer.write else os.preadv
     try:
-        return move(fd, buffers, offset) == transfer.length
+        return move(fd, [transfer.data], offset) == transfer.length
     except OSError:
         return False  # the driver's own method tries again and says what is wrong
 

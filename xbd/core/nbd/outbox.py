@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
+from xbd.core.nbd import replies
 from xbd.core.nbd.buffers import Buffer, BufferPool
+from xbd.core.nbd.engine import Transfer
 from xbd.core.nbd.limits import Share
 
 _IOV_MAX: Final = 1024
@@ -23,7 +25,10 @@ class Outbox:
     read is not read from either.
     """
 
-    def __init__(self, sock: socket.socket, share: Share, pool: BufferPool) -> None:
+    def __init__(
+        self, sock: socket.socket, share: Share, pool: BufferPool, *, structured: bool
+    ) -> None:
+        """`structured`: whether replies are."""
         self.gone = False
         """The client is: nothing more is sent."""
         self.full = False
@@ -31,6 +36,7 @@ class Outbox:
         self._sock = sock
         self._share = share
         self._pool = pool
+        self._structured = structured
         self._parts: list[Part] = []
         self._owed: deque[tuple[int, int, Buffer | None]] = deque()
         """Per reply: where its parts end, counted from the first ever, what it counts as, and
@@ -47,6 +53,29 @@ class Outbox:
         self._parts += parts
         self._put += len(parts)
         self._owed.append((self._put, size, buffer))
+
+    def moved(self, transfer: Transfer) -> None:
+        """Reply that all of it was moved."""
+        cookie, length, buffer = transfer.cookie, transfer.length, transfer.buffer
+        if transfer.write:
+            self.put((replies.done(cookie),), length, buffer)
+        elif self._structured:
+            header = replies.data(cookie, transfer.offset, length)
+            self.put((header, transfer.data), length, buffer)
+        else:
+            self.put((replies.done(cookie), transfer.data), length, buffer)
+
+    def refuse(
+        self, cookie: int, size: int, error: int, text: bytes, buffer: Buffer | None = None
+    ) -> None:
+        """Reply that a request failed: with the protocol's error value, and a text for people."""
+        reply = replies.failed(cookie, error, text, structured=self._structured)
+        self.put((reply,), size, buffer)
+
+    def give_up(self, transfers: Iterable[Transfer]) -> None:
+        """They are over, and nobody hears of it."""
+        for transfer in transfers:
+            self.put((), transfer.length, transfer.buffer)
 
     def flush(self) -> None:
         """Send what there is now, as far as the socket takes it."""

@@ -1,0 +1,184 @@
+"""What one client's requests need the driver for.
+
+What no extent has is for the driver's methods: transfers that came together in one call, if it
+takes many at a time, and everything else in tasks of their own.  A write to what lies nowhere yet
+may be the engine's after all: with all others that come meanwhile it waits for the driver to find
+places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+import attrs
+import trio
+
+from xbd.core.driver import DeviceAccess, ReadRequest, WriteRequest
+from xbd.core.driver.places import Places
+from xbd.core.errors import Disposition, DriverError
+from xbd.core.nbd import constants as nbd
+from xbd.core.nbd import replies
+from xbd.core.nbd.buffers import Buffer
+from xbd.core.nbd.commands import Commands, Request
+from xbd.core.nbd.direct import DirectIo
+from xbd.core.nbd.engine import Transfer
+from xbd.core.nbd.outbox import Outbox
+from xbd.core.nbd.poller import Poller
+from xbd.core.units import MIB
+
+MOST_TOGETHER: Final = MIB
+"""Bytes that one call is asked for, and that are answered when all of them are done."""
+_NO_MEMORY: Final = memoryview(b"")
+
+
+@attrs.define(eq=False, kw_only=True)
+class Upcalls:
+    """Of one connection."""
+
+    access: DeviceAccess
+    commands: Commands
+    direct: DirectIo
+    poller: Poller
+    outbox: Outbox
+    flush: Callable[[], None]
+    """Has the outbox send what it has."""
+    failed: Callable[[DriverError], None]
+    """Told of an error after which the disk can't be used."""
+    note: Callable[[str], None]
+    nursery: trio.Nursery = attrs.field(init=False)
+    """For the tasks; set before anything is started."""
+    _places: Places[Transfer] = attrs.field(init=False)
+    _sought: set[Transfer] = attrs.field(factory=set, init=False)
+    """Writes whose places are being sought."""
+    _together: tuple[list[Transfer], list[Transfer]] = attrs.field(
+        factory=lambda: ([], []), init=False
+    )
+    """Reads and writes that the driver will be asked for together."""
+
+    def __attrs_post_init__(self) -> None:
+        self._places = Places(self.access, self._placed)
+
+    # -- beginnings -------------------------------------------------------------------------
+
+    def transfer(self, transfer: Transfer) -> None:
+        """Move what no extent has; `begin` afterwards."""
+        write, offset, length = transfer.write, transfer.offset, transfer.length
+        special = self.commands.is_special(transfer.flags, length, write=write)
+        if special or not self.direct.fits(offset, length):
+            self.alone(transfer)
+        elif write and self._places.seek(self.nursery, transfer, offset, length):
+            self.poller.tasks += 1
+            self._sought.add(transfer)
+        else:
+            self._move(transfer)
+
+    def _move(self, transfer: Transfer) -> None:
+        """By the driver's methods."""
+        if self.access.takes_with_others(transfer.offset, transfer.length):
+            self._together[transfer.write].append(transfer)
+        else:
+            self.alone(transfer)
+
+    def _placed(self, transfers: Sequence[Transfer]) -> None:
+        """The driver has found places for these writes, or not."""
+        self.poller.tasks -= len(transfers)
+        self._sought.difference_update(transfers)
+        for transfer in transfers:
+            entry = self.direct.find(transfer.offset, transfer.length, for_write=True)
+            if entry is None:
+                self._move(transfer)
+            else:
+                self.direct.start(transfer, entry)
+        self.begin()
+        self.direct.kick()
+
+    def alone(self, transfer: Transfer) -> None:
+        """Move it by the driver's methods for single requests."""
+        kind = nbd.CMD_WRITE if transfer.write else nbd.CMD_READ
+        offset, length = transfer.offset, transfer.length
+        request = Request(kind, transfer.flags, transfer.cookie, offset, length)
+        self.start(request, length, transfer.buffer)
+
+    def start(self, request: Request, charge: int, buffer: Buffer | None) -> None:
+        """Carry out any request; `charge` is what it counts as."""
+        self.poller.tasks += 1
+        self.nursery.start_soon(self._carry_out, request, charge, buffer)
+
+    def begin(self) -> None:
+        """Have the driver move what has come together."""
+        for transfers in self._together:
+            for some in _by_size(transfers):
+                self.poller.tasks += 1
+                self.nursery.start_soon(self._carry_out_many, some)
+            transfers.clear()
+
+    # -- ends -------------------------------------------------------------------------------
+
+    async def _carry_out(self, request: Request, charge: int, buffer: Buffer | None) -> None:
+        """In a task of its own."""
+        memory = _NO_MEMORY if buffer is None else buffer.view[: request.length]
+        try:
+            reply = await self.commands.carry_out(request, memory)
+        except DriverError as error:
+            self._refuse(error, request.cookie, charge, buffer)
+        except BaseException:
+            self.outbox.put((), charge, buffer)  # nobody hears of it, but it is over
+            raise
+        else:
+            self.outbox.put(reply, charge, buffer)
+        finally:
+            self.poller.tasks -= 1
+        self.flush()
+
+    async def _carry_out_many(self, transfers: Sequence[Transfer]) -> None:
+        """All of them are reads, or all are writes."""
+        failure: DriverError | None = None
+        requests: Sequence[ReadRequest | WriteRequest] = ()
+        try:
+            if transfers[0].write:
+                requests = writes = [WriteRequest(one.offset, [one.data]) for one in transfers]
+                await self.access.write_many(writes)
+            else:
+                requests = reads = [ReadRequest(one.offset, [one.data]) for one in transfers]
+                await self.access.read_many(reads)
+        except DriverError as error:
+            failure = error
+        except BaseException:
+            self.outbox.give_up(transfers)
+            raise
+        finally:
+            self.poller.tasks -= 1
+        for one, request in zip(transfers, requests, strict=True):
+            wrong = request.error or failure
+            if wrong is None:
+                self.outbox.moved(one)
+            else:
+                self._refuse(wrong, one.cookie, one.length, one.buffer)
+        self.flush()
+
+    def _refuse(self, error: DriverError, cookie: int, charge: int, buffer: Buffer | None) -> None:
+        self.note(f"request failed: {error}")
+        self.outbox.refuse(cookie, charge, *replies.error_of(error), buffer)
+        if error.disposition >= Disposition.CLOSE_DEVICE:
+            self.failed(error)
+
+    def abandon(self) -> None:
+        """The nursery has ended, and was cancelled: nobody seeks places any more."""
+        self.outbox.give_up(self._sought)
+        self.poller.tasks -= len(self._sought)
+        self._sought.clear()
+
+
+def _by_size(transfers: Sequence[Transfer]) -> Iterator[list[Transfer]]:
+    """In parts of `MOST_TOGETHER` at most."""
+    some: list[Transfer] = []
+    size = 0
+    for one in transfers:
+        if some and size + one.length > MOST_TOGETHER:
+            yield some
+            some, size = [], 0
+        some.append(one)
+        size += one.length
+    if some:
+        yield some
