@@ -23,7 +23,7 @@ from xbd.core.blkif import (
     encode,
     whole,
 )
-from xbd.core.datapath.journal import Journal, RingIdentity
+from xbd.core.datapath.journal import Journal, JournalMemory, RingIdentity
 from xbd.core.datapath.recovery import take_over
 from xbd.core.driver.testing import Fault, FaultDevice, MemoryDevice
 from xbd.core.units import KIB, MIB, PAGE_SIZE
@@ -101,7 +101,7 @@ class CBackend:
         ring = BackRing(view, abi, 0, fence=self.step, attach=True)
         debt = take_over(path, identity, ring)
         self.step()
-        journal = Journal(identity, ring.entries, abi.request_size, path, debt)
+        journal = JournalMemory(identity, ring.entries, abi.request_size, path, debt)
         self.step()
         marks, indices, copies = journal.arrays
         self._kept = (

@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from native_build import declarations
 
 from xbd.core.blkif import X86_32, X86_64
-from xbd.core.datapath.journal import Debt, Journal, OpenRequest, RingIdentity, read_journal
+from xbd.core.datapath.journal import (
+    Debt,
+    Journal,
+    JournalMemory,
+    OpenRequest,
+    RingIdentity,
+    read_journal,
+)
 
 U32_END = 1 << 32
 IDENTITY = RingIdentity(
@@ -35,7 +42,7 @@ class NativeJournal:
     def __init__(self, native, path, size, debt):
         self.ffi, self.lib = native
         self.size = size
-        self.made = Journal(IDENTITY, ENTRIES, size, path, debt)
+        self.made = JournalMemory(IDENTITY, ENTRIES, size, path, debt)
         marks, indices, copies = self.made.arrays
         self.buffers = [
             self.ffi.from_buffer("uint64_t[]", marks),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import attrs
 import structlog
@@ -13,7 +14,7 @@ from xbd.core.blkif import BackRing, Decoder, Limits
 from xbd.core.datapath.config import DiskStats, FrontendConfig, GrantMode
 from xbd.core.datapath.engine import IoEngine, make_engine
 from xbd.core.datapath.extents import ExtentCache
-from xbd.core.datapath.journal import Debt, Journal, RingIdentity
+from xbd.core.datapath.journal import Debt, Journal, JournalMemory, RingIdentity
 from xbd.core.datapath.pages import DomainBudget, RingShare, choose_mode, make_pages
 from xbd.core.datapath.recovery import take_over
 from xbd.core.datapath.ring_server import RingServer
@@ -24,6 +25,7 @@ from xbd.core.hypervisor import EventChannel, Hypervisor
 from xbd.core.units import GrantRef
 
 _log = structlog.get_logger()
+JournalT = TypeVar("JournalT", bound=JournalMemory)
 
 
 @attrs.frozen(kw_only=True)
@@ -45,19 +47,22 @@ class Parts:
 
 
 @attrs.frozen
-class OpenedRing:
+class OpenedRing(Generic[JournalT]):
     """A ring mapped, its port bound, its journal begun; `debt` is what an earlier backend left."""
 
     ring: BackRing
     address: int
     """Of its pages."""
     channel: EventChannel
-    journal: Journal
+    journal: JournalT
     debt: Debt
 
 
-def open_ring(parts: Parts, frontend: FrontendConfig, number: int, undo: Undo) -> OpenedRing:
-    """Raises `GrantFailed` or `PortFailed`; `undo` gives everything back."""
+def open_ring(
+    parts: Parts, frontend: FrontendConfig, number: int, undo: Undo, kind: type[JournalT]
+) -> OpenedRing[JournalT]:
+    """With a journal of this kind.  Raises `GrantFailed` or `PortFailed`; `undo` gives everything
+    back."""
     queue = frontend.queues[number]
     abi = frontend.abi
     mapping = parts.hypervisor.map_grants(frontend.domid, queue.ring_refs, writable=True)
@@ -77,7 +82,7 @@ def open_ring(parts: Parts, frontend: FrontendConfig, number: int, undo: Undo) -
     )
     path = parts.journal_dir and parts.journal_dir / f"{parts.name}.{number}"
     debt = take_over(path, identity, ring)
-    journal = Journal(identity, ring.entries, abi.request_size, path, debt)
+    journal = kind(identity, ring.entries, abi.request_size, path, debt)
     undo.later(journal.close)
     return OpenedRing(ring, mapping.address, channel, journal, debt)
 
@@ -148,7 +153,7 @@ class Connection:
     def _open_ring(self, number: int) -> RingServer:
         parts = self._parts
         frontend = self.frontend
-        opened = open_ring(parts, frontend, number, self._undo)
+        opened = open_ring(parts, frontend, number, self._undo, Journal)
         share = RingShare(parts.budget, parts.limits.max_indirect_segments)
         entries = opened.ring.entries
         server = RingServer(

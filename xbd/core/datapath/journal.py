@@ -88,11 +88,12 @@ class Debt:
 NO_DEBT: Final = Debt()
 
 
-class Journal:
-    """The journal of one ring.  `path` None keeps it in anonymous memory (nothing survives).
+class JournalMemory:
+    """The journal of one ring, for native code to keep.
 
-    The requests of `debt`, an earlier backend's, take the first slots: this one answers them.
-    A journal that is there already is replaced at once, never half.
+    `path` None: it is in anonymous memory, and nothing survives.  The requests of `debt`, an
+    earlier backend's, take the first slots: this one answers them.  A journal that is there
+    already is replaced at once, never half.
     """
 
     def __init__(
@@ -107,24 +108,13 @@ class Journal:
         new = path and path.with_name(f"{path.name}.new")
         self._entries = entries
         self._size = request_size
-        marks = PAGE_SIZE
-        indices = marks + 8 * entries
-        copies = indices + 4 * entries
-        total = copies + request_size * entries
-        self._map = _shared_memory(new, total)
-        view = memoryview(self._map)
-        self._marks = view[marks:indices].cast("Q")
-        self._indices = view[indices:copies].cast("I")
-        self._copies = view[copies:total]
-        self._no_marks = array("Q", bytes(8 * entries))
-        self._busy = bytearray(entries)
-        self._open = 0
-        self._runs: dict[int, tuple[bytes, array[int]]] = {}
-        view.release()
+        self._map = _shared_memory(new, PAGE_SIZE + (8 + 4 + request_size) * entries)
         self._write_header(identity, debt.overlaid)
-        for request in debt.requests:
-            self._record_one(request.index, request.entry)
-        self._open = len(debt.requests)
+        marks, indices, copies = self.arrays
+        for slot, request in enumerate(debt.requests):
+            marks[slot] = VALID
+            indices[slot] = request.index
+            copies[slot * request_size : (slot + 1) * request_size] = request.entry
         if path is not None and new is not None:
             new.replace(path)
 
@@ -146,6 +136,45 @@ class Journal:
             identity.protocol.encode(),
             identity.cookie.encode()[:36],
         )
+
+    @property
+    def arrays(self) -> tuple[memoryview, memoryview, memoryview]:
+        """Marks, indices and copies, which stay where they are; no view is left at `close`."""
+        marks = PAGE_SIZE
+        indices = marks + 8 * self._entries
+        copies = indices + 4 * self._entries
+        view = memoryview(self._map)
+        return view[marks:indices].cast("Q"), view[indices:copies].cast("I"), view[copies:]
+
+    def close(self) -> None:
+        """Drop the journal: the ring is drained or gone."""
+        self._map.close()
+        self.disown()
+
+    def disown(self) -> None:
+        """Remove the file.  The next journal of the ring has the same name, and is not ours."""
+        path, self.path = self.path, None
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+
+class Journal(JournalMemory):
+    """The journal of one ring, kept in Python."""
+
+    def __init__(
+        self,
+        identity: RingIdentity,
+        entries: int,
+        request_size: int,
+        path: Path | None,
+        debt: Debt = NO_DEBT,
+    ) -> None:
+        super().__init__(identity, entries, request_size, path, debt)
+        self._marks, self._indices, self._copies = self.arrays
+        self._no_marks = array("Q", bytes(8 * entries))
+        self._open = len(debt.requests)
+        self._busy = bytearray(b"\x01" * self._open).ljust(entries, b"\x00")
+        self._runs: dict[int, tuple[bytes, array[int]]] = {}
 
     def record(self, first: int, entries: bytes) -> Sequence[int]:
         """Copy consumed requests, the first of them at ring index `first`; their slots."""
@@ -205,27 +234,14 @@ class Journal:
             busy[slot] = 0
 
     @property
-    def arrays(self) -> tuple[memoryview, memoryview, memoryview]:
-        """Marks, indices and copies, for native code that keeps the journal in Python's place."""
-        return self._marks, self._indices, self._copies
-
-    @property
     def open_requests(self) -> int:
         """Requests recorded and not cleared."""
         return self._open
 
     def close(self) -> None:
-        """Drop the journal: the ring is drained or gone."""
         for view in (self._marks, self._indices, self._copies):
             view.release()
-        self._map.close()
-        self.disown()
-
-    def disown(self) -> None:
-        """Remove the file.  The next journal of the ring has the same name, and is not ours."""
-        path, self.path = self.path, None
-        if path is not None:
-            path.unlink(missing_ok=True)
+        super().close()
 
 
 def read_journal(path: Path, identity: RingIdentity, rsp_prod: int) -> Debt | None:

@@ -85,6 +85,7 @@ class GuestMemory:
             number = error.errno or errno.EIO
             raise WireError(number, f"mapping the memory failed: {error.strerror}") from error
         self._table = memoryview(table).cast("Q")
+        self._maps: tuple[mmap.mmap, ...] = (table, read_write, read_only)
         # Views keep their mmap alive: memory goes only when the last mapping of it has gone.
         self._writable = memoryview(read_write)
         self._readable = memoryview(read_only)
@@ -94,18 +95,14 @@ class GuestMemory:
     def close(self) -> None:
         """Let go of the memory.  What is mapped stays valid until it is unmapped."""
         os.close(self._fd)
+        self._maps = ()
         self._table.release()
         self._writable.release()
         self._readable.release()
 
     def native(self) -> NativeDomain:
         """All of it for native code; it stays mapped until that is closed."""
-        views = [memoryview(view) for view in (self._writable, self._readable, self._table)]
-
-        def close() -> None:
-            for view in views:
-                view.release()
-
+        kept = [self._maps]
         return NativeDomain(
             writable=self._writable_address,
             readable=self._readable_address,
@@ -113,7 +110,7 @@ class GuestMemory:
             pages=self.pages,
             granted=_GRANTED,
             granted_readonly=_GRANTED_READONLY,
-            close=close,
+            close=kept.clear,
         )
 
     def check(self, ref: GrantRef, *, writable: bool) -> GrantStatus:

@@ -13,7 +13,7 @@ from xbd.core.blkif.abi import X86_32, entries
 from xbd.core.datapath.config import FrontendConfig, GrantMode
 from xbd.core.datapath.connection import OpenedRing, Parts, open_ring
 from xbd.core.datapath.engine import CLOSE_SECONDS
-from xbd.core.datapath.journal import Journal
+from xbd.core.datapath.journal import JournalMemory
 from xbd.core.datapath.native import ffi, lib
 from xbd.core.datapath.native.extents import NativeExtents
 from xbd.core.datapath.native.threads import Budget, NativeThreads
@@ -53,7 +53,7 @@ class NativeConnection:
         self._released = trio.Event()
         self._handle: Any = None
         self._upcalls: Upcalls | None = None
-        self._journals: list[Journal] = []
+        self._journals: list[JournalMemory] = []
         self._counted: tuple[int, ...] = ()
         self.mode = choose_mode(
             parts.grants,
@@ -126,7 +126,7 @@ class NativeConnection:
         if self._handle == ffi.NULL:
             raise MemoryError
         for number in range(len(frontend.queues)):
-            self._add_ring(open_ring(parts, frontend, number, self._undo))
+            self._add_ring(open_ring(parts, frontend, number, self._undo, JournalMemory))
         return Upcalls(
             name=parts.name,
             handle=self._handle,
@@ -138,26 +138,25 @@ class NativeConnection:
             events=self._threads.events,
         )
 
-    def _add_ring(self, opened: OpenedRing) -> None:
+    def _add_ring(self, opened: OpenedRing[JournalMemory]) -> None:
         ring = opened.ring
         self._journals.append(opened.journal)
-        marks, indices, copies = (
-            opened.journal.arrays
-        )  # they stay where they are until it is closed
-        config = ffi.new(
-            "struct xbd_ring_config *",
-            {
-                "ring": _pointer(opened.address),
-                "entries": ring.entries,
-                "channel": _channel(opened.channel),
-                "marks": ffi.from_buffer("uint64_t[]", marks),
-                "indices": ffi.from_buffer("uint32_t[]", indices),
-                "copies": ffi.from_buffer("uint8_t[]", copies),
-                "req_cons": ring.req_cons,
-                "rsp_prod": ring.rsp_prod_pvt,
-                "owed": len(opened.debt.requests),
-            },
-        )
+        marks, indices, copies = opened.journal.arrays
+        with marks, indices, copies:
+            config = ffi.new(
+                "struct xbd_ring_config *",
+                {
+                    "ring": _pointer(opened.address),
+                    "entries": ring.entries,
+                    "channel": _channel(opened.channel),
+                    "marks": ffi.from_buffer("uint64_t[]", marks),
+                    "indices": ffi.from_buffer("uint32_t[]", indices),
+                    "copies": ffi.from_buffer("uint8_t[]", copies),
+                    "req_cons": ring.req_cons,
+                    "rsp_prod": ring.rsp_prod_pvt,
+                    "owed": len(opened.debt.requests),
+                },
+            )
         if not lib.xbd_connection_add_ring(self._handle, config):
             raise MemoryError
 
