@@ -49,7 +49,6 @@ wakeups = _metric("wakeups_per_second")
 """Of the backend's threads, all together."""
 idle_cpu = _metric("idle_cpu_ms_per_second")
 kib_per_disk = _metric("kib_per_disk")
-kib_per_disk_of_all = _metric("kib_per_disk_with_store")
 start_seconds = _metric("start_seconds")
 """From the toolstack's first write to the last disk's being connected."""
 store_seconds = _metric("store_seconds")
@@ -75,7 +74,6 @@ METRICS: dict[str, Metric] = {
     "wakeups_per_second": wakeups,
     "idle_cpu_ms_per_second": idle_cpu,
     "kib_per_disk": kib_per_disk,
-    "kib_per_disk_with_store": kib_per_disk_of_all,
     "start_seconds": start_seconds,
     "own_start_seconds": own_start_seconds,
     "store_seconds": store_seconds,

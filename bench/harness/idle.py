@@ -16,7 +16,6 @@ from harness.disks import Disk
 from harness.figures import (
     idle_cpu,
     kib_per_disk,
-    kib_per_disk_of_all,
     own_start_seconds,
     start_seconds,
     store_seconds,
@@ -24,7 +23,14 @@ from harness.figures import (
 )
 from harness.guest import Figures, RunFailed, idling
 from harness.parts import Column, Part
-from harness.servers import DATAPATHS, XBD, XBD_PYTHON, NumberedDisk, XbdServer
+from harness.servers import (
+    DATAPATHS,
+    XBD,
+    XBD_PYTHON,
+    NumberedDisk,
+    StoreServer,
+    XbdServer,
+)
 from harness.targets import AT_MOST, Bound, for_the_record
 from harness.workloads import MIB, Workload
 from xbd.core.errors import XbdError
@@ -77,9 +83,9 @@ def _numbers(path: Path) -> Mapping[str, int]:
 
 
 class IdlePart(Part):
-    """The daemon holds the embedded host and XenStore, too.  What a thousand disks' entries take
-    there is found out with a daemon that does not look after them, and subtracted; so is how long
-    the toolstack takes to write them."""
+    """XenStore is a process of its own, as it is beside Xen.  How long the toolstack takes to
+    write the disks' entries is found out with a daemon that does not look after them, and
+    subtracted."""
 
     title = f"{DISKS} idle disks"
     backends = (XBD, XBD_PYTHON)
@@ -88,7 +94,6 @@ class IdlePart(Part):
         Column("wake-ups/s", wakeups, "{:.1f}"),
         Column("CPU ms/s", idle_cpu, "{:.1f}"),
         Column("KiB per disk", kib_per_disk, "{:.1f}"),
-        Column("with XenStore", kib_per_disk_of_all, "{:.1f}"),
         Column("start s", own_start_seconds, "{:.2f}"),
         Column("toolstack s", store_seconds, "{:.2f}"),
         Column("both s", start_seconds, "{:.2f}"),
@@ -120,7 +125,7 @@ class IdlePart(Part):
     def measure(self, backend: str, workload: Workload, seed: int) -> Figures:
         server = self._server(backend)
         try:
-            with server.running(), ExitStack() as guests:
+            with self._store(server).running(), server.running(), ExitStack() as guests:
                 before = _Process.of(server.pid)
                 domids = self._guests(server, guests)
                 started = time.monotonic()
@@ -131,12 +136,10 @@ class IdlePart(Part):
                 time.sleep(_SETTLE_SECONDS)
                 figures |= self._watch(server)
                 grown = _Process.of(server.pid).private_kib - before.private_kib
-                keys = trio.run(self._keys, server, next(iter(domids)))
-            stored, figures["store_seconds"] = self._stored(backend, keys)
+            figures["store_seconds"] = self._store_seconds(backend)
         except XbdError as error:
             raise RunFailed(str(error)) from None
-        figures["kib_per_disk_with_store"] = grown / DISKS
-        figures["kib_per_disk"] = (grown - stored) / DISKS
+        figures["kib_per_disk"] = grown / DISKS
         return figures
 
     def _server(self, backend: str) -> XbdServer:
@@ -148,6 +151,9 @@ class IdlePart(Part):
             spin_us=-1,
             copies=DISKS_EACH,
         )
+
+    def _store(self, server: XbdServer) -> StoreServer:
+        return StoreServer("xenstored", self.settings.runtime, server.host)
 
     def _guests(self, server: XbdServer, stack: ExitStack) -> dict[Domid, guest.Guest]:
         guests = {}
@@ -182,47 +188,14 @@ class IdlePart(Part):
                     backend = f"/local/domain/0/backend/{line.kind}/{domid}/{line.devid}"
                     await store.write(f"{backend}/hotplug-status", "connected")
 
-    # -- what XenStore takes ----------------------------------------------------------------
-
-    async def _keys(self, server: XbdServer, domid: Domid) -> list[tuple[str, str]]:
-        """All that is written of a connected disk: paths, and values."""
-        devid = self._lines()[0].devid
-        found = []
-        async with StoreClient.connect(server.store_socket) as store:
-            for side in (
-                f"/local/domain/0/backend/vbd3/{domid}/{devid}",
-                f"/local/domain/{domid}/device/vbd/{devid}",
-            ):
-                for name in await store.directory(side) or []:
-                    value = await store.read(f"{side}/{name}")
-                    path = f"{side}/{name}".replace("/vbd3/", f"/{_UNSERVED}/")
-                    path = path.replace(f"/{domid}/", "/{domid}/", 1)
-                    found.append((path.replace(f"/{devid}/", "/{devid}/"), value or ""))
-        return found
-
-    def _stored(self, backend: str, keys: Sequence[tuple[str, str]]) -> tuple[int, float]:
-        """KiB that the same entries take when nobody looks after them, and how long the toolstack
-        writes its part of them."""
+    def _store_seconds(self, backend: str) -> float:
+        """How long the toolstack writes its entries when nobody looks after them."""
         server = self._server(backend)
-        with server.running(), ExitStack() as stack:
-            before = _Process.of(server.pid)
+        with self._store(server).running(), server.running(), ExitStack() as stack:
             domids = [
                 Domid(stack.enter_context(idling(["blkif", str(server.host)], 1)).domid())
                 for _ in range(GUESTS)
             ]
             started = time.monotonic()
             trio.run(self._attach_all, server, domids, self._lines(_UNSERVED))
-            took = time.monotonic() - started
-            trio.run(self._write_all, server, domids, keys)
-            return _Process.of(server.pid).private_kib - before.private_kib, took
-
-    async def _write_all(
-        self, server: XbdServer, domids: Sequence[Domid], keys: Sequence[tuple[str, str]]
-    ) -> None:
-        async with StoreClient.connect(server.store_socket) as store:
-            for domid in domids:
-                for line in self._lines():
-                    for path, value in keys:
-                        at = path.replace("{domid}", str(domid)).replace("{devid}", str(line.devid))
-                        if not at.endswith("/state"):  # guests must not begin to connect
-                            await store.write(at, value)
+            return time.monotonic() - started

@@ -228,6 +228,27 @@ class BenchToolstack(Toolstack):
         await self._store.remove(f"{path}/device-type")
 
 
+class StoreServer(Server):
+    """``xbd xenstored``: the embedded host's XenStore alone, for daemons that start later."""
+
+    def __init__(self, name: str, directory: Path, host: Path) -> None:
+        """`host`: the embedded host's directory."""
+        super().__init__(name, directory, {})
+        self._host = host
+
+    def _sockets(self) -> list[tuple[Path, int | None]]:
+        return [(self._host / "xenstored.socket", socket.SOCK_STREAM)]
+
+    def _command(self) -> list[str]:
+        options = ["--log-level", "warning"]
+        return [sys.executable, "-m", "xbd", "xenstored", str(self._host), *options]
+
+    def _drive(
+        self, workload: Workload, *, seconds: float, seed: int, cpu: int, more: Sequence[str]
+    ) -> Figures:
+        raise RunFailed("a XenStore has no disks")
+
+
 class XbdServer(Server):
     """``xbd serve --embedded``; each run is a guest of its own."""
 
