@@ -17,8 +17,10 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
+import attrs
+
 TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS / "drivers" / "qcow2")]
+sys.path[:0] = [str(TESTS), str(TESTS / "drivers" / "qcow2")]
 
 from qcow2_crashes import KINDS, Judge, below_of, record  # noqa: E402
 from qcow2_kills import Killer  # noqa: E402
@@ -41,6 +43,8 @@ def replay(recipe: Recipe, seed: int, directory: Path, counts: Counter[str]) -> 
     if threads == 1 and shared and chance.random() < 0.3:
         kinds += SNAPSHOTS
     faults = some_fail if chance.random() < 0.3 else None
+    if chance.random() < 0.1:  # room for clusters that the data path links by itself
+        recipe = attrs.evolve(recipe, size=2 * recipe.size)
     recording = record(
         recipe,
         directory,

@@ -252,6 +252,39 @@ MUTANTS: Final = (
         command=("extents_threads", "3000000"),
     ),
     Mutant(
+        "an entry is seen before it is in the file",
+        "claims.c",
+        "    STRESS_POINT(CLAIM_WRITE);\n",
+        "    for (unsigned i = 0; i < number; i++)\n"
+        "        atomic_store(entry_of(&chosen[i]), chosen[i].place | claims->bits);\n"
+        "    STRESS_POINT(CLAIM_WRITE);\n",
+        command=("claims_threads", "300000"),
+    ),
+    Mutant(
+        "entries are made though somebody has paused",
+        "claims.c",
+        "    if (atomic_load(&claims->pauses) || !choose",
+        "    if (!choose",
+        command=("claims_threads", "300000"),
+    ),
+    Mutant(
+        "who pauses does not see that an entry is being made",
+        "claims.c",
+        "    if (pthread_mutex_trylock(&claims->lock))\n"
+        "        return false;\n"
+        "    pthread_mutex_unlock(&claims->lock);\n"
+        "    return true;\n",
+        "    return true;\n",
+        command=("claims_threads", "300000"),
+    ),
+    Mutant(
+        "a place is taken twice",
+        "claims.c",
+        "    claims->next_place = (claims->next_place + 1) % MOST_PLACES;\n",
+        "    claims->next_place %= MOST_PLACES;\n",
+        command=("claims_threads", "300000"),
+    ),
+    Mutant(
         "a ring that was asked to stop is told more",
         "connection.c",
         "    if (connection->stopped)\n        return;                         /* the rings",

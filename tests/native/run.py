@@ -137,6 +137,8 @@ def run_checks() -> None:
             each.result()
     for sanitizer, hits in zip(every, ("100000", "50000", "20000"), strict=True):
         check(sanitizer, "extents_threads", hits)
+    for sanitizer, claims in zip(every, ("30000", "20000", "10000"), strict=True):
+        check(sanitizer, "claims_threads", claims)
     for sanitizer in SANITIZERS:
         check(sanitizer, "stress_test", "--sleeps", "150000")
 

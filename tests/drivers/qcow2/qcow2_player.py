@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import attrs
+from claims_model import ModelClaims
 from qcow2_history import NEVER, SECTOR, ZEROES, History, Version, stamp
 
-from xbd.core.driver import DriverError, Extent, WriteRequest
-from xbd.core.driver.buffers import total
+from xbd.core.driver import DriverError, Extent, HostExtent, WriteRequest
+from xbd.core.driver.buffers import Cursor, total
 from xbd.drivers.qcow2 import snapshots
 from xbd.drivers.qcow2.compressing import CompressedWriter
+from xbd.drivers.qcow2.host import Transfer
 from xbd.drivers.qcow2.image import Image
 from xbd.drivers.qcow2.placing import Placer
 from xbd.drivers.qcow2.sizing import set_size, size_problem
 from xbd.drivers.qcow2.writing import Writer
 from xbd.drivers.qcow2.zeroing import Zeroer
+
+SomeClaims = Any
+"""A `Claims` that has ``take(offset, length)``, too."""
 
 LENGTHS = (1, 1, 1, 2, 3, 7, 8, 9, 16, 31, 64, 100)
 """In sectors."""
@@ -46,7 +52,9 @@ class Player:
         high: int | None = None,
         number: int = 0,
         compress: bool = False,
+        claims: SomeClaims | None = None,
     ) -> None:
+        """`claims`: of a data path; None: as one would make them."""
         self.image = image
         self.history = history
         self.chance = chance
@@ -55,6 +63,9 @@ class Player:
         self.high = image.size // SECTOR if high is None else high
         self.writer = Writer(image)
         self.placer = None if compress else Placer(image)
+        self.claims = claims or ModelClaims(
+            lambda start, end: self._resolve(start, end - start) is not None, image.host.write
+        )
         self.zeroer = Zeroer(image, self.writer)
         compressing = CompressedWriter(image, self.writer).write
         self._write = compressing if compress else self.writer.write
@@ -105,9 +116,11 @@ class Player:
             values = [stamp(self.number, sector) for sector in range(first, first + length)]
             begun = self.history.begin(first * SECTOR, values, self.place())
             requests.append((WriteRequest(first * SECTOR, self._buffers(values)), begun))
-        if self.chance.random() < 0.5:  # as before the core writes by itself
-            self._place([request for request, _ in requests])
-        self._write([request for request, _ in requests])
+        rest = [request for request, _ in requests]
+        if self.chance.random() < 0.6:  # as the core, which may write by itself then
+            self._place(rest[: self.chance.choice((0, 1, 1, len(rest)))])
+            rest = [request for request in rest if not self._write_directly(request)]
+        self._write(rest)
         for request, begun in requests:
             if request.error is None:
                 History.end(begun, self.place())
@@ -117,10 +130,37 @@ class Player:
     def _place(self, requests: list[WriteRequest]) -> None:
         ranges = [(request.offset, total(request.buffers)) for request in requests]
         if self.placer is not None and any(self.placer.useful(*each) for each in ranges):
+            extents = [Extent(offset=at, length=size) for at, size in ranges]
             try:
-                self.placer.place([Extent(offset=at, length=size) for at, size in ranges])
+                self.placer.place(extents, self.claims if self.chance.random() < 0.8 else None)
             except DriverError:
                 self.failures += 1
+
+    def _write_directly(self, request: WriteRequest) -> bool:
+        """Where the image says that all of it lies, or where it may be claimed."""
+        length = total(request.buffers)
+        with self.image.using():
+            extents = self._resolve(request.offset, length)
+            if extents is None and self.claims.take(request.offset, length):
+                extents = self._resolve(request.offset, length)
+            if extents is None:
+                return False
+            cursor = Cursor(request.buffers)
+            transfers = [Transfer(each.offset, cursor.take(each.length)) for each in extents]
+            failures = self.image.data_host.writev(transfers)
+        request.error = next((error for error in failures if error is not None), None)
+        return True
+
+    def _resolve(self, offset: int, length: int) -> list[HostExtent] | None:
+        """All of a range."""
+        extents = []
+        while length:
+            extent = self.image.resolve(offset, length, for_write=True)
+            if extent is None:
+                return None
+            extents.append(extent)
+            offset, length = offset + extent.length, length - extent.length
+        return extents
 
     def write_one(self, first: int, data: bytes) -> None:
         """Just that, without any history."""

@@ -13,6 +13,9 @@ from qcow2_history import SECTOR, History
 from qcow2_player import Player
 from qcow2_recipes import NAMED, assert_same
 
+from xbd.core.datapath import native
+from xbd.core.datapath.native.claims import NativeClaims
+from xbd.core.datapath.native.extents import NativeExtents
 from xbd.core.units import KIB
 from xbd.drivers.qcow2 import placing
 from xbd.drivers.qcow2.image import Image
@@ -104,6 +107,7 @@ def test_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
             low=sectors * number // WRITERS,
             high=sectors * (number + 1) // WRITERS,
             number=number + 1,
+            claims=native_claims(),
         )
         for number in range(WRITERS)
     ]
@@ -130,6 +134,11 @@ def test_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
     assert not any(player.failures for player in players)
     made.content[:] = history.content(sectors)
     made.agree()
+
+
+def native_claims() -> NativeClaims | None:
+    """Those of the data path in C, where there is one."""
+    return None if native.why_not is not None else NativeExtents(lambda *_, **__: None).claims
 
 
 @pytest.mark.parametrize("name", ["4k", "subclusters-over", "over-longer"])

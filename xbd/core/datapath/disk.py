@@ -79,6 +79,8 @@ class Disk:
         self.paused = False
         """Whether requests stay in the rings; of connections to come, too."""
         access.subscribe(self.invalidate)
+        if isinstance(self._extents, NativeExtents):
+            access.claims = self._extents.claims
 
     @property
     def stats(self) -> DiskStats:

@@ -9,9 +9,9 @@ import errno
 import logging
 import mmap
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import attrs
 import trio
@@ -20,6 +20,7 @@ from xbd.core.driver.api import (
     BlockDevice,
     BlockStatus,
     Capability,
+    Claims,
     Concurrency,
     Extent,
     Geometry,
@@ -52,6 +53,13 @@ Invalidate = Callable[[int, int], Awaitable[None]]
 """``await forget(offset, length)``: drop answers of `resolve`, wait for I/O through them."""
 
 
+class DiskClaims(Claims, Protocol):
+    """A data path's, of one disk."""
+
+    def paused(self) -> AbstractAsyncContextManager[None]:
+        """Nothing is claimed inside."""
+
+
 class DeviceAccess:
     """An opened disk for the rest of the program.  Offsets and lengths are bytes.
 
@@ -70,6 +78,8 @@ class DeviceAccess:
             self.capabilities &= ~_NEEDS_WRITING
         self.generation = 0
         """Grows whenever answers of `resolve` become invalid."""
+        self.claims: DiskClaims | None = None
+        """Of the data path, if it takes places by itself."""
         self.bugs = 0
         """Exceptions from the driver that no driver may raise."""
         self._device = device
@@ -175,7 +185,9 @@ class DeviceAccess:
     async def _write_piece(self, start: int, stop: int, buffers: Sequence[memoryview]) -> None:
         low, high = self._widen(start, stop)
         whole = (low, high) == (start, stop)
-        async with self._ranges.hold(low, high, exclusive=not whole):
+        async with (
+            self._ranges.hold(low, high, exclusive=False) if whole else self._alone(low, high)
+        ):
             self._check(start, stop)  # the disk may have shrunk while we waited
             if not (whole and self._fit(buffers)):
                 bounce = aligned_buffer(high - low, self._geometry.memory_alignment)
@@ -286,7 +298,7 @@ class DeviceAccess:
                 f"{self.device_id}: a size of {size} bytes is not a multiple of the logical block",
                 errno=errno.EINVAL,
             )
-        async with self._ranges.hold(0, _END_OF_EVERYTHING, exclusive=True):
+        async with self._alone(0, _END_OF_EVERYTHING):
             await self.invalidate(min(size, old), _END_OF_EVERYTHING)
             async with self.kept_open():
                 geometry = await self._call("resizing", 0, size, partial(self._device.resize, size))
@@ -302,7 +314,7 @@ class DeviceAccess:
         """
         self._require(Capability.SNAPSHOT, "kept in snapshots")
         creating = partial(self._device.create_snapshot, name)
-        async with self._ranges.hold(0, _END_OF_EVERYTHING, exclusive=True):
+        async with self._alone(0, _END_OF_EVERYTHING):
             # From here on nothing resolves for writing: see `resolve`.
             await self.invalidate(0, _END_OF_EVERYTHING)
             async with self.kept_open():
@@ -392,6 +404,16 @@ class DeviceAccess:
         async with self._ranges.hold(low, high, exclusive=False):
             self._check(low, high)  # the disk may have shrunk while we waited
             await self._call("placing", low, high, partial(self._device.place, extents))
+
+    @asynccontextmanager
+    async def _alone(self, low: int, high: int) -> AsyncIterator[None]:
+        """Hold a range exclusively: nothing new is resolved for writing there."""
+        async with self._ranges.hold(low, high, exclusive=True):
+            if self.claims is None:
+                yield
+            else:
+                async with self.claims.paused():
+                    yield
 
     def subscribe(self, listener: Invalidate) -> None:
         """Have `listener` awaited whenever answers of `resolve` become invalid."""

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import abc
 import enum
+from array import array
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import attrs
 
@@ -224,6 +225,49 @@ class BlockDevice(abc.ABC):
         """Release everything.  Idempotent, called shielded from cancellation, implies no flush."""
 
 
+class Claims(Protocol):
+    """Lets the data path find places for first writes by itself, in tables that a driver lends it.
+
+    For drivers whose tables have an entry of 64 bits, big-endian, for each unit of the disk, and 0
+    for those that lie nowhere and read as zeroes.  For a write to such a unit, the data path takes
+    one of the places supplied, writes its entry to the file, and then to the memory that is lent;
+    from then on `resolve` would know it, and reading and writing go there.  Entries reach the file
+    before the data, and are not made durable.
+
+    Methods may be called in any thread; those that lend wait until an entry that is being
+    made is in the host's hands.
+    """
+
+    def begin(self, fd: int, table_fd: int, unit: int, bits: int) -> None:
+        """Before everything else.  `fd`, `table_fd`: for data and for entries, open until `end`.
+
+        `unit`: bytes, a power of two.  `bits`: what an entry has beside its place.
+        """
+
+    def lend(self, offset: int, entries: array[int], position: int) -> None:
+        """Entries from this offset of the disk on, in the machine's order, and where in the file.
+
+        Until they are taken back the driver only looks at them.  Anybody may stop using what is
+        lent at any time: it can be lent again.
+        """
+
+    def take_back(self, offset: int) -> None:
+        """What was lent from this offset on.  Nothing changes there any more on return."""
+
+    def supply(self, places: Sequence[int]) -> int:
+        """More places, each a unit of zeroes in the file that an entry may name at any time.
+
+        How many of them were taken, from the first on.
+        """
+
+    @property
+    def supplied(self) -> int:
+        """How many places are left."""
+
+    def end(self) -> list[int]:
+        """Take everything back; the places that are left."""
+
+
 BlockingRunner = Callable[..., Awaitable[Any]]
 """``await run_blocking(function, *args)`` runs a blocking call in a thread, limited per device;
 it is never abandoned: on cancellation it still waits for the call to end."""
@@ -246,6 +290,8 @@ class OpenContext:
     answer: then the disk is closed, and what lies there must be left alone."""
     image_dirs: Sequence[Path] = ()
     """Directories in which files that an image names may be opened; empty: none."""
+    claims: Callable[[], Claims | None] = lambda: None
+    """What tables can be lent to, if anything.  For `place`: there is nothing while opening."""
 
 
 class ProbeScore(enum.IntEnum):

@@ -12,7 +12,7 @@ from typing import Any, Final
 import attrs
 
 from xbd.core.driver.access import DeviceAccess
-from xbd.core.driver.api import BlockDevice, Concurrency, DriverDescriptor, OpenContext
+from xbd.core.driver.api import BlockDevice, Claims, Concurrency, DriverDescriptor, OpenContext
 from xbd.core.driver.failures import open_error, request_error
 from xbd.core.driver.options import parse_options
 from xbd.core.driver.spec import DiskSpec
@@ -97,6 +97,7 @@ async def open_device(
         run_blocking=workers.run,
         invalidate=session.invalidate,
         image_dirs=tuple(image_dirs),
+        claims=session.claims,
     )
     try:
         async with make(context) as device:
@@ -131,6 +132,9 @@ class _Session:
     async def invalidate(self, offset: int, length: int) -> None:
         if self.access is not None:
             await self.access.invalidate(offset, length)
+
+    def claims(self) -> Claims | None:
+        return None if self.access is None else self.access.claims
 
     async def close(self) -> None:
         assert self.access is not None

@@ -301,7 +301,7 @@ class Qcow2Device(BlockDevice):
     async def place(self, extents: Sequence[Extent]) -> None:
         if self._placer is not None:
             try:
-                await self._run(self._placer.place, extents)
+                await self._run(self._placer.place, extents, self._context.claims())
             finally:
                 with trio.CancelScope(shield=True):
                     await self._stop_if_broken()

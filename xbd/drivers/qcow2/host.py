@@ -69,6 +69,11 @@ class Host:
         """Whether data bypasses the page cache."""
         return self.fd != self._cached_fd
 
+    @property
+    def metadata_fd(self) -> int:
+        """For metadata that others write.  Open until `close`."""
+        return self._cached_fd
+
     def size(self) -> int:
         """Of the file (or of a block device), now."""
         try:

@@ -109,6 +109,8 @@ class Image:
         self.packed_until = 0
         """Where the bytes end that were compressed last; more may follow in the same cluster, until
         that is released.  0: nowhere."""
+        self.before_closing: list[Callable[[], None]] = []
+        """Of those who have something that was reserved: they give it back."""
         self._codec: Codec | None = None
         self.unpacker = Unpacker(host, header.cluster_bits, self.clusters, lambda: self.codec)
         self._reader = Reader(self)
@@ -408,6 +410,7 @@ class Image:
         with self.lock:
             if self.broken is None and self.writable:
                 self.broken = error
+                self.tables.take_all_back()
                 if self.header.version >= 3:
                     with suppress(DriverError):  # one error is told already
                         self.update_header(
@@ -423,11 +426,14 @@ class Image:
         """
         try:
             if self.host.fd >= 0 and self.writable and self.broken is None:
+                for give_back in self.before_closing:
+                    give_back()
                 self.flush()
                 with self.lock:
                     self.refcounts.give_back()
                 self.host.flush()
         finally:
+            self.tables.take_all_back()
             self.refcounts.await_arrival()  # it uses the file
             for part in (self.backing, self.data_host, self.host):
                 if part is not None:

@@ -4,7 +4,8 @@ Only for clusters that lie nowhere and read as zeroes: a new one is counted and 
 durably (`refcounts`), so the L2 entry that names it may come before the data, and reach the disk
 before or after it.  Whatever a crash leaves, the disk reads as before or as written.
 
-Who writes one cluster after the other gets more of them linked than are asked for.
+Where a data path can do that, tables and clusters are lent to it, and it links them by itself.
+Else, who writes one cluster after the other gets more of them linked than are asked for.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from xbd.core.driver import DriverError, Extent
+from xbd.core.driver import Claims, DriverError, Extent
 from xbd.core.units import MIB
 from xbd.drivers.qcow2.errors import CorruptImage
 from xbd.drivers.qcow2.image import Image
 from xbd.drivers.qcow2.layout import COPIED
+from xbd.drivers.qcow2.refcounts import LONGEST_RUN, RUN_BYTES
 from xbd.drivers.qcow2.writing import writable_l2
 
 STREAK: Final = MIB
@@ -24,6 +26,11 @@ STREAK: Final = MIB
 
 MOST_AHEAD: Final = 4 * MIB
 """In bytes: what is linked ahead at a time, and stays so where the streak ends."""
+
+FIRST_LOT: Final = 16
+LARGEST_LOT: Final = LONGEST_RUN
+"""Clusters that the data path has to link by itself: at first, and when a guest goes on.  They
+are no more than `RUN_BYTES`."""
 
 _NEAR: Final = MIB
 """In bytes: requests side by side don't come in the order of the disk."""
@@ -50,6 +57,11 @@ class Placer:
         self._streak = 0
         """Clusters linked one after the other, and `_next` behind them."""
         self._next = 0
+        self._claims: Claims | None = None
+        """What tables and clusters are lent to."""
+        self._largest_lot = min(LARGEST_LOT, max(1, RUN_BYTES >> self._bits))
+        self._lot = min(FIRST_LOT, self._largest_lot)
+        """Clusters to supply next time."""
 
     def useful(self, offset: int, length: int) -> bool:
         """Whether `place` may find places in this range.  Looks at tables in memory only."""
@@ -63,10 +75,11 @@ class Placer:
             return False  # writing says what is wrong
         return table is None or 0 in table[place : place + last - first + 1]
 
-    def place(self, extents: Sequence[Extent]) -> None:
+    def place(self, extents: Sequence[Extent], claims: Claims | None = None) -> None:
         """Link new clusters to what has none, in the host's hands on return.  Raises `DriverError`.
 
         What is there already stays as it is, and so do clusters whose mapping is just changing.
+        With `claims`, whoever uses these links clusters near these by itself from now on.
         """
         image = self.image
         with image.lock:
@@ -75,7 +88,8 @@ class Placer:
             try:
                 for extent in extents:
                     self._take(extent, new)
-                self._take_ahead(new)
+                if claims is None:
+                    self._take_ahead(new)
                 while new:
                     index, words = next(iter(new.items()))
                     try:
@@ -84,6 +98,8 @@ class Placer:
                         self._keep_what_is_linked(index, words)
                         raise
                     del new[index]
+                if claims is not None:
+                    self._lend(extents, claims)
             except CorruptImage as error:
                 image.mark_corrupt(error)
                 raise
@@ -127,6 +143,36 @@ class Placer:
             words[place] = image.refcounts.take() << self._bits | COPIED
             self._streak += 1
             self._next += 1
+
+    def _lend(self, extents: Sequence[Extent], claims: Claims) -> None:
+        """The tables of these ranges, and clusters that are in store."""
+        image = self.image
+        if self._claims is None:
+            fd = image.host.fd
+            claims.begin(fd, image.host.metadata_fd, image.header.cluster_size, COPIED)
+            self._claims = claims
+            image.before_closing.append(self._end)
+        left = claims.supplied
+        if left <= self._lot // 2:
+            clusters = image.refcounts.take_many(min(self._lot - left, image.refcounts.in_store))
+            taken = claims.supply([cluster << self._bits for cluster in clusters])
+            image.refcounts.put_back(clusters[taken:])
+            self._lot = min(2 * self._lot, self._largest_lot)
+        reach = self._tables.l2_entries << self._bits
+        indexes = {extent.offset // reach for extent in extents}
+        indexes.update((extent.offset + extent.length - 1) // reach for extent in extents)
+        # Somebody is about to make an entry of his own where there seems to be none.
+        indexes.difference_update(number // self._tables.l2_entries for number in image.allocating)
+        for index in indexes:
+            self._tables.lend(index, claims)
+
+    def _end(self) -> None:
+        """Take back what was lent and not used."""
+        assert self._claims is not None
+        with self.image.lock:
+            self._tables.take_all_back()
+            places = self._claims.end()
+            self.image.refcounts.put_back([place >> self._bits for place in places])
 
     def _keep_what_is_linked(self, index: int, words: dict[int, int]) -> None:
         """The table could not be written, or not all of it: leave what is not in it in `words`."""

@@ -279,6 +279,10 @@ class Refcounts:
         """Clusters that `take` gives without reserving more."""
         return len(self._pool)
 
+    def put_back(self, clusters: Sequence[int]) -> None:
+        """What was taken and not used for anything."""
+        self._pool.extendleft(reversed(clusters))
+
     def take_metadata(self) -> int:
         """As `take`, for a table: nothing else will be written there."""
         cluster = self.take()

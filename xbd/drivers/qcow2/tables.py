@@ -17,7 +17,7 @@ from typing import Final
 
 import attrs
 
-from xbd.core.driver import DriverError
+from xbd.core.driver import Claims, DriverError
 from xbd.drivers.qcow2 import layout
 from xbd.drivers.qcow2.errors import CorruptImage
 from xbd.drivers.qcow2.header import Header
@@ -90,6 +90,8 @@ class Tables:
         self.l1 = load_table(host, header.l1_table_offset, header.l1_size)
         self._cache: OrderedDict[int, array[int]] = OrderedDict()
         self._most = max(2, cache_bytes // header.cluster_size)
+        self._lent: dict[int, Claims] = {}
+        """By L1 entry: L2 tables in which the data path makes entries."""
 
     # -- tables -------------------------------------------------------------------------------
 
@@ -107,7 +109,12 @@ class Tables:
         return self._cache.get(self.l2_offset(index))
 
     def l2(self, index: int) -> array[int] | None:
-        """The L2 table of an L1 entry; None: there is none."""
+        """The L2 table of an L1 entry; None: there is none.  Nobody else changes it (any more)."""
+        self.take_back(index)
+        return self.look(index)
+
+    def look(self, index: int) -> array[int] | None:
+        """As `l2`, but the data path may be making entries there."""
         offset = self.l2_offset(index)
         if not offset:
             return None
@@ -123,11 +130,33 @@ class Tables:
         """Put a table into the cache, and drop the one that was used longest ago."""
         self._cache[offset] = table
         while len(self._cache) > self._most:
-            self._cache.popitem(last=False)
+            oldest = next(iter(self._cache))
+            for index in [index for index in self._lent if self.l2_offset(index) == oldest]:
+                self.take_back(index)
+            del self._cache[oldest]
 
     def forget_cached(self) -> None:
         """Tables were changed behind the cache's back."""
+        self.take_all_back()
         self._cache.clear()
+
+    def lend(self, index: int, claims: Claims) -> None:
+        """Let the data path make entries in an L2 table, until somebody asks for that by `l2`."""
+        table = self.l2(index)
+        assert table is not None, "there is no table to lend"
+        claims.lend((index * self.l2_entries) << self.bits, table, self.l2_offset(index))
+        self._lent[index] = claims
+
+    def take_back(self, index: int) -> None:
+        """The end of what `lend` began, if it did."""
+        claims = self._lent.pop(index, None)
+        if claims is not None:
+            claims.take_back((index * self.l2_entries) << self.bits)
+
+    def take_all_back(self) -> None:
+        """`take_back` for all tables."""
+        for index in tuple(self._lent):
+            self.take_back(index)
 
     def change(self, index: int, words: Mapping[int, int]) -> None:
         """Write the sectors of an L2 table with these words changed, and keep it so.
@@ -153,6 +182,7 @@ class Tables:
 
     def set_l1(self, index: int, entry: int) -> None:
         """Write and change one L1 entry."""
+        self.take_back(index)
         self._host.write(self.l1_offset + index * 8, entry.to_bytes(8, "big"))
         self.l1[index] = entry
 
@@ -191,7 +221,7 @@ class Tables:
         while offset < end:
             index = offset // per_table
             stop = min(end, (index + 1) * per_table)
-            table = self.l2(index) if wait else self.cached(index)
+            table = self.look(index) if wait else self.cached(index)
             if table is None:
                 if not wait and self.l2_offset(index):
                     return

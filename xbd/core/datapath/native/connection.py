@@ -100,6 +100,7 @@ class NativeConnection:
             {
                 "threads": self._threads.handle,
                 "extents": self._extents.handle,
+                "claims": self._extents.claims.handle,
                 "budget": self._budget.handle,
                 "domain": {
                     "domid": frontend.domid,

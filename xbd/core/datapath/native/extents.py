@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from xbd.core.datapath.extents import Resolver
 from xbd.core.datapath.native import ffi, lib
+from xbd.core.datapath.native.claims import NativeClaims
 from xbd.core.driver import HostExtent
 
 _MAX_PIECES: Final = 64
@@ -16,13 +17,15 @@ _pieces: Final = ffi.new("struct xbd_piece[]", _MAX_PIECES) if ffi is not None e
 
 
 class NativeExtents:
-    """Of one disk.  Only its owner changes it; the threads look things up at any time."""
+    """Of one disk.  The threads look things up at any time."""
 
     def __init__(self, resolve: Resolver) -> None:
         made = lib.xbd_extents_new()
         if made == ffi.NULL:
             raise MemoryError
         self.handle: Any = ffi.gc(made, lib.xbd_extents_free)
+        self.claims = NativeClaims(self.handle)
+        """For places that the threads find by themselves: they are known here at once."""
         self._resolve = resolve
         self._whole = [True, True]
         """By direction: whether all extents so far ended where a chunk ends; what the driver

@@ -3,13 +3,14 @@
  *
  * All offsets and lengths are bytes.  Nothing here blocks for storage or for another thread, unless it says
  * so, and nothing calls back: what the threads have to say is fetched with xbd_connection_events when the
- * connection's wake descriptor is readable.  Apart from xbd_extents_find, functions on one object are called
+ * connection's wake descriptor is readable.  Apart from extents and claims, functions on one object are called
  * by one thread at a time.
  */
 
 typedef struct xbd_threads xbd_threads;
 typedef struct xbd_budget xbd_budget;
 typedef struct xbd_extents xbd_extents;
+typedef struct xbd_claims xbd_claims;
 typedef struct xbd_connection xbd_connection;
 
 /* -- threads ------------------------------------------------------------------------------------------- */
@@ -44,7 +45,7 @@ struct xbd_piece {
     uint64_t length;
 };
 
-/* What a disk's driver answered to `resolve`.  One thread changes it, the I/O threads look things up. */
+/* What a disk's driver answered to `resolve`. */
 xbd_extents *xbd_extents_new(void);
 /* When no connection uses it any more. */
 void xbd_extents_free(xbd_extents *extents);
@@ -61,6 +62,40 @@ uint64_t xbd_extents_chunk(const xbd_extents *extents, bool for_write);
 bool xbd_extents_forget(xbd_extents *extents, uint64_t offset, uint64_t length);
 /* Bytes of memory in use. */
 uint64_t xbd_extents_memory(const xbd_extents *extents);
+
+/* -- claims -------------------------------------------------------------------------------------------- */
+
+/* Parts of a driver's tables in which the I/O threads make entries by themselves, for writes to units of the disk
+ * that lie nowhere and read as zeroes.  An entry has 64 bits, 0 for such a unit; in memory they are in the machine's
+ * order, in the file big-endian.  The functions may be called by any thread at any time, and may wait until the page
+ * cache has taken an entry, but for those that say they don't. */
+xbd_claims *xbd_claims_new(xbd_extents *extents);
+/* When no connection uses it any more. */
+void xbd_claims_free(xbd_claims *claims);
+/* Before anything is lent or supplied: the file, for data and for entries.  `unit`: bytes, a power of two.  An entry
+ * is a place (an offset) | bits.  False: out of memory. */
+bool xbd_claims_begin(xbd_claims *claims, int fd, int table_fd, uint64_t unit, uint64_t bits);
+/* Lends the entries of `count` units from this offset of the disk on, which lie at `position` in the file.  Until
+ * they are taken back the memory stays, and only the I/O threads write to it. */
+void xbd_claims_lend(xbd_claims *claims, uint64_t offset, uint64_t *entries, uint64_t count, uint64_t position);
+/* Those that the unit at this offset was lent with. */
+void xbd_claims_take_back(xbd_claims *claims, uint64_t offset);
+/* For one who is about to write to the disk: enters places for all units of the range that lie nowhere, in the file,
+ * in the memory lent and among the extents.  Whether all of the range may be known now; if not, the driver has to be
+ * asked. */
+bool xbd_claims_take(xbd_claims *claims, uint64_t offset, uint64_t length);
+/* More places, each a unit of zeroes in the file that only waits for its first entry; how many there is room for. */
+unsigned xbd_claims_supply(xbd_claims *claims, const uint64_t *places, unsigned number);
+/* How many places are left. */
+unsigned xbd_claims_supplied(xbd_claims *claims);
+/* Takes everything back, and places that are left, at most so many; how many. */
+unsigned xbd_claims_end(xbd_claims *claims, uint64_t *places, unsigned most);
+/* No more entries are made until everyone who paused has resumed.  Never waits; false: one is being made just now,
+ * see xbd_claims_wait. */
+bool xbd_claims_pause(xbd_claims *claims);
+/* Waits for the end of what is being done. */
+void xbd_claims_wait(xbd_claims *claims);
+void xbd_claims_resume(xbd_claims *claims);
 
 /* -- connections --------------------------------------------------------------------------------------- */
 
@@ -109,6 +144,7 @@ struct xbd_channel {
 struct xbd_connection_config {
     xbd_threads *threads;
     xbd_extents *extents;
+    xbd_claims *claims;     /* over the same extents; NULL: none */
     xbd_budget *budget;     /* the domain's */
     struct xbd_domain domain;
     struct xbd_limits limits;

@@ -5,12 +5,13 @@
  * pointers; what does not come in whole chunks, and extents so long that one need not look further, lie in a short
  * sorted table.  Chunks come first.
  *
- * A look-up is made between two readings of a sequence number that is odd while the writer changes something; if
+ * A look-up is made between two readings of a sequence number that is odd while a writer changes something; if
  * it has changed, what was seen is not used.  So a look-up may see any mixture of old and new words, but never
  * memory that is none of this: pages that are dropped stay here for the next use.
  */
 #include "extents.h"
 
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -70,6 +71,7 @@ struct room {
 };
 
 struct xbd_extents {
+    pthread_mutex_t lock;                   /* of those who change it */
     struct known known[2];                  /* for reading, for writing */
     struct room *rooms;
 };
@@ -322,9 +324,12 @@ static bool forget(struct known *known, uint64_t start, uint64_t end)
 bool xbd_extents_forget(xbd_extents *extents, uint64_t offset, uint64_t length)
 {
     uint64_t end = length > UINT64_MAX - offset ? UINT64_MAX : offset + length;
+    pthread_mutex_lock(&extents->lock);
     bool found = forget(&extents->known[0], offset, end);
     found |= forget(&extents->known[1], offset, end);
-    return found || extents->known[0].dropped || extents->known[1].dropped;
+    found |= extents->known[0].dropped || extents->known[1].dropped;
+    pthread_mutex_unlock(&extents->lock);
+    return found;
 }
 
 /* -- keeping ------------------------------------------------------------------------------------------- */
@@ -467,11 +472,13 @@ bool xbd_extents_put(xbd_extents *extents, bool for_write, uint64_t start, uint6
     struct known *known = &extents->known[for_write];
     if (start >= end || fd < 0 || position > INT64_MAX || end - start > INT64_MAX - position)
         return false;
+    pthread_mutex_lock(&extents->lock);
     begin_change(known);
     clear_chunks(known, start, end);
     cut_table(known, start, end);
     put(known, start, end, fd, position);
     end_change(known);
+    pthread_mutex_unlock(&extents->lock);
     return true;
 }
 
@@ -496,6 +503,7 @@ xbd_extents *xbd_extents_new(void)
     /* One pointer or entry shall not cost 2 MiB; a kernel that knows no huge pages refuses, which is as good. */
     (void)madvise(memory, 2 * sizeof(struct room), MADV_NOHUGEPAGE);
     extents->rooms = memory;
+    pthread_mutex_init(&extents->lock, NULL);
     for (unsigned i = 0; i < 2; i++) {
         extents->known[i].top = extents->rooms[i].top;
         extents->known[i].table = extents->rooms[i].table;
@@ -518,6 +526,7 @@ void xbd_extents_free(xbd_extents *extents)
 {
     free_known(&extents->known[0]);
     free_known(&extents->known[1]);
+    pthread_mutex_destroy(&extents->lock);
     munmap(extents->rooms, 2 * sizeof(struct room));
     free(extents);
 }

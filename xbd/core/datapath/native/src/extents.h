@@ -1,8 +1,8 @@
 /*
  * What a disk's driver answered to `resolve`: once for reading, once for writing (datapath/extents.py).
  *
- * One thread changes it; any number look things up at the same time, without locks and without waiting for
- * each other or for the writer: a look-up that meets a change reports a miss at worst.  Nothing that a look-up
+ * Those who change it wait for each other; any number look things up at the same time, without locks and without
+ * waiting for anybody: a look-up that meets a change reports a miss at worst.  Nothing that a look-up
  * may touch is freed before xbd_extents_free.  Memory is bounded: MAX_PAGES pages of 512 chunks for each
  * direction, and a table of MAX_EXTENTS.  What is declared for Python in api.h is here too.
  */

@@ -387,9 +387,16 @@ static bool start_split(struct work *work, const struct xbd_piece *pieces, unsig
     return true;
 }
 
+static unsigned look_up(struct ring *ring, bool write, const struct request *request, struct xbd_piece *pieces)
+{
+    return hint_find(&ring->hints[write], ring->connection->config.extents, write, request->offset, request->length,
+                     pieces, MAX_PIECES);
+}
+
 /* A transfer that has its pages, and the data if it is a write. */
 static void set_off(struct work *work, struct queue *up)
 {
+    const struct xbd_connection_config *config = &work->ring->connection->config;
     const struct request *request = &work->transfer.request;
     bool write = request->operation == OP_WRITE;
     struct hint *hint = &work->ring->hints[write];
@@ -400,10 +407,11 @@ static void set_off(struct work *work, struct queue *up)
     } else if (hint_has(hint, request->offset, request->length, pieces)) {
         number = 1;
     } else {
-        number = hint_find(hint, work->ring->connection->config.extents, write, request->offset, request->length,
-                           pieces, MAX_PIECES);
+        number = look_up(work->ring, write, request, pieces);
         if (hint->changing)
             work->asked = false;        /* nothing was learnt from looking: it is worth asking again */
+        else if (!number && write && xbd_claims_take(config->claims, request->offset, request->length))
+            number = look_up(work->ring, write, request, pieces);
     }
     if (number == 1)
         start_whole(work, pieces);

@@ -46,6 +46,9 @@ enum stress_place {
     BUDGET_TAKE,
     BUDGET_TAKING,
     BUDGET_GIVE,
+    CLAIM_WRITE,                    /* before entries are written to the file */
+    CLAIM_ENTER,                    /* before they are seen in memory */
+    CLAIM_PAUSE,                    /* before one looks whether entries are being made */
     STRESS_PLACES                   /* how many; a test's own places come after them */
 };
 

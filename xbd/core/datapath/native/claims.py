@@ -1,0 +1,84 @@
+"""Parts of drivers' tables that are lent to the I/O threads; see `Claims`."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import trio
+
+from xbd.core.datapath.native import ffi, lib
+
+_AT_A_TIME: Final = 1024
+
+
+class NativeClaims:
+    """Of one disk."""
+
+    def __init__(self, extents: Any) -> None:
+        """`extents`: the handle of the disk's."""
+        made = lib.xbd_claims_new(extents)
+        if made == ffi.NULL:
+            raise MemoryError
+        self._extents = extents  # outlives the handle
+        self.handle: Any = ffi.gc(made, lib.xbd_claims_free)
+        self._lent: dict[int, Any] = {}
+        """The memory of what is lent, by offset."""
+
+    def begin(self, fd: int, table_fd: int, unit: int, bits: int) -> None:
+        """See `Claims.begin`."""
+        if not lib.xbd_claims_begin(self.handle, fd, table_fd, unit, bits):
+            raise MemoryError
+        self._lent.clear()
+
+    def lend(self, offset: int, entries: array[int], position: int) -> None:
+        """See `Claims.lend`."""
+        memory = ffi.from_buffer("uint64_t[]", entries, require_writable=True)
+        lib.xbd_claims_lend(self.handle, offset, memory, len(entries), position)
+        self._lent[offset] = memory
+
+    def take_back(self, offset: int) -> None:
+        """See `Claims.take_back`."""
+        lib.xbd_claims_take_back(self.handle, offset)
+        self._lent.pop(offset, None)
+
+    def take(self, offset: int, length: int) -> bool:
+        """Find places for all of a range, as the threads do; false: the driver has to be asked.
+
+        Writes to a file, through the page cache.
+        """
+        taken: bool = lib.xbd_claims_take(self.handle, offset, length)
+        return taken
+
+    def supply(self, places: Sequence[int]) -> int:
+        """See `Claims.supply`."""
+        taken: int = lib.xbd_claims_supply(self.handle, places, len(places))
+        return taken
+
+    @property
+    def supplied(self) -> int:
+        """See `Claims.supplied`."""
+        left: int = lib.xbd_claims_supplied(self.handle)
+        return left
+
+    def end(self) -> list[int]:
+        """See `Claims.end`."""
+        places: list[int] = []
+        some = ffi.new("uint64_t[]", _AT_A_TIME)
+        while count := lib.xbd_claims_end(self.handle, some, _AT_A_TIME):
+            places.extend(some[0:count])
+        self._lent.clear()
+        return places
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """Nothing is claimed inside."""
+        idle = lib.xbd_claims_pause(self.handle)
+        try:
+            if not idle:
+                await trio.to_thread.run_sync(lib.xbd_claims_wait, self.handle)
+            yield
+        finally:
+            lib.xbd_claims_resume(self.handle)
