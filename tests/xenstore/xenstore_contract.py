@@ -361,7 +361,9 @@ class StoreContract:
 
                 async def write(path):
                     await store.write(f"{SCRATCH}/{path}", "1")
-                    await until_reported(watch, f"{SCRATCH}/{path}")  # events come in order
+                    # Events of another write come after all of this one's.
+                    await store.write(f"{SCRATCH}/later", "1")
+                    await until_reported(watch, f"{SCRATCH}/later")
 
                 async with store.listen(f"{SCRATCH}/a", calls.add):
                     await write("a")
