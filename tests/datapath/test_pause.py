@@ -96,6 +96,31 @@ async def test_a_paused_disk_can_be_closed_and_stays_paused_for_the_next_connect
             await rig.front.read(4096, 4096)
 
 
+async def test_a_disk_can_be_paused_before_its_connection_is_served(rig_maker):
+    async with rig_maker() as rig, trio.open_nursery() as nursery:
+        await rig.disk.disconnect(drain=True)
+        await rig.connect()
+        await rig.disk.pause()
+        nursery.start_soon(rig.front.read, 0, 4096)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert rig.disk.stats.rd_req == 0
+        rig.disk.resume()
+        with trio.fail_after(10):
+            await rig.front.read(4096, 4096)
+
+
+@pytest.mark.parametrize("drain", [False, True])
+async def test_a_connection_can_be_closed_before_it_is_served(rig_maker, drain):
+    async with rig_maker() as rig:
+        await rig.disk.disconnect(drain=True)
+        await rig.connect()
+        with trio.fail_after(10):
+            await rig.disk.disconnect(drain=drain)
+            await rig.connect()
+            await rig.front.write(0, b"a" * 4096)
+            assert await rig.front.read(0, 4096) == b"a" * 4096
+
+
 async def test_a_disk_that_is_paused_again_and_again_loses_nothing(rig_maker):
     block = 16 * KIB
     dice = random.Random(1)

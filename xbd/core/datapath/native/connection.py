@@ -73,7 +73,6 @@ class NativeConnection:
                 if self._closing:
                     self._nursery.cancel_scope.cancel()
                 upcalls.nursery = self._nursery
-                lib.xbd_connection_start(self._handle)
                 await upcalls.run()
         finally:
             await self._end(upcalls)
@@ -87,6 +86,8 @@ class NativeConnection:
         except BaseException:
             self._let_go(stopped=True)
             raise
+        # Before anybody can want to drain it: that would mean nothing yet.
+        lib.xbd_connection_start(self._handle)
 
     def _open(self) -> Upcalls:
         parts, frontend = self._parts, self.frontend
