@@ -87,7 +87,7 @@ class Load:
     ("driver", "paths"),
     [
         ("imagefile", [NATIVE, PYTHON, PYTHON, NATIVE, NATIVE]),
-        ("qcow2", [PYTHON, NATIVE, NATIVE, PYTHON]),
+        ("qcow2", [NATIVE, NATIVE, PYTHON, NATIVE]),
     ],
 )
 async def test_killed_daemons_that_no_guest_notices(tmp_path, driver, paths):

@@ -7,6 +7,7 @@ import trio
 import trio.testing
 from data_paths import NATIVE, NATIVE_PREADV, PYTHON
 
+from xbd.core.datapath import GrantMode
 from xbd.core.driver import Geometry, MediaError
 from xbd.core.driver.testing import MemoryDevice
 from xbd.core.errors import DeviceBroken
@@ -80,6 +81,17 @@ async def test_what_comes_together_goes_together(rig_maker):
         await check_all(rig, 20)
     assert sum(count for kind, count in device.calls if kind == "write") == 20
     assert max(count for kind, count in device.calls) > 1
+
+
+@native
+async def test_drivers_that_need_aligned_memory_get_it(rig_maker):
+    """What is mapped read-only is copied for them, one request at a time."""
+    device = Many(memory_alignment=512)
+    async with rig_maker(device=device, grants=GrantMode.MAP) as rig:
+        assert await write_all(rig, 20) == []
+        await check_all(rig, 20)
+        assert rig.access.bugs == 0
+    assert {kind for kind, _ in device.calls} == {"read"}
 
 
 @every_path

@@ -133,10 +133,14 @@ class DeviceAccess:
         for start, stop in self._pieces(offset, end):
             await self._write_piece(start, stop, cursor.take(stop - start))
 
-    def takes_with_others(self, offset: int, length: int) -> bool:
-        """Whether `read_many` and `write_many` are for such requests, with aligned buffers."""
+    def takes_with_others(self, offset: int, length: int, *, read_only: bool = False) -> bool:
+        """Whether `read_many` and `write_many` are for such requests, with aligned buffers.
+
+        `read_only`: these can't be written to, so drivers could not see that they are aligned.
+        """
         return (
             self._batching
+            and not (read_only and self._geometry.memory_alignment > 1)
             and length <= self._chunk
             and self._widen(offset, offset + length) == (offset, offset + length)
         )

@@ -173,7 +173,9 @@ class Upcalls:
 
     def _begin(self, asked: _Asked, *, resolvable: bool) -> None:
         """`resolvable`: a transfer that fits the driver's alignment."""
-        if resolvable and self.access.takes_with_others(asked.offset, asked.length):
+        if resolvable and self.access.takes_with_others(
+            asked.offset, asked.length, read_only=asked.read_only
+        ):
             self._together[asked.operation != constants.READ].append(asked)
             return
         self._under_way += 1
