@@ -28,11 +28,10 @@ BLOCKING_THREADS: Final = 8
 """Threads that one PARALLEL device may occupy; a SERIAL one has 1."""
 
 
-@asynccontextmanager
-async def open_disk(
+def open_disk(
     spec: DiskSpec, *, device_id: str, writable: bool, image_dirs: Sequence[Path] = ()
-) -> AsyncIterator[DeviceAccess]:
-    """Load the driver, check its options, open the disk; close it at the end.
+) -> AbstractAsyncContextManager[DeviceAccess]:
+    """Load the driver and check its options, at once; then open the disk, and close it at the end.
 
     Raises `ConfigError` (no such driver, bad options) or `OpenFailed`, each one line for an
     administrator.
@@ -40,32 +39,29 @@ async def open_disk(
     # Not at the top: finding drivers costs an import that tools without disks don't need.
     from xbd.core.driver.registry import load_driver
 
-    opening = open_with(
+    return open_with(
         load_driver(spec.driver),
         spec,
         device_id=device_id,
         writable=writable,
         image_dirs=image_dirs,
     )
-    async with opening as access:
-        yield access
 
 
-@asynccontextmanager
-async def open_with(
+def open_with(
     descriptor: DriverDescriptor[Any],
     spec: DiskSpec,
     *,
     device_id: str,
     writable: bool,
     image_dirs: Sequence[Path] = (),
-) -> AsyncIterator[DeviceAccess]:
+) -> AbstractAsyncContextManager[DeviceAccess]:
     """As `open_disk`, with a driver that needs no entry point (`spec.driver` is not looked at)."""
     try:
         options = parse_options(descriptor.options, spec.texts())
     except OptionError as error:
         raise OptionError(f"disk {spec}: {error}") from error
-    opening = open_device(
+    return open_device(
         lambda context: descriptor.open(context, options),
         name=str(spec),
         concurrency=descriptor.concurrency,
@@ -73,8 +69,6 @@ async def open_with(
         writable=writable,
         image_dirs=image_dirs,
     )
-    async with opening as access:
-        yield access
 
 
 @asynccontextmanager

@@ -61,7 +61,7 @@ struct known {
     unsigned nr_spare;
     bool dropped;                           /* something was that nobody asked to forget */
     unsigned most_entries;                  /* that there ever were; with `touched` for xbd_extents_memory */
-    bool touched[MOST_TOP >> PAGE_SHIFT];   /* by each 4 KiB of top */
+    bool *touched;                          /* by each 4 KiB of top */
 };
 
 /* Of one direction, reserved: memory is taken where something is written. */
@@ -340,7 +340,9 @@ static bool make_lists(struct known *known)
         known->used = calloc(MOST_PAGES, sizeof(*known->used));
     if (!known->spare)
         known->spare = calloc(MOST_PAGES, sizeof(struct page *));
-    return known->used && known->spare;
+    if (!known->touched)
+        known->touched = calloc(MOST_TOP >> PAGE_SHIFT, sizeof(*known->touched));
+    return known->used && known->spare && known->touched;
 }
 
 /* Makes `count` of the pages that were taken first spare. */
@@ -520,6 +522,7 @@ static void free_known(struct known *known)
         free(known->spare[i]);
     free(known->used);
     free(known->spare);
+    free(known->touched);
 }
 
 void xbd_extents_free(xbd_extents *extents)
@@ -540,7 +543,7 @@ uint64_t xbd_extents_memory(const xbd_extents *extents)
         bytes += known->most_entries * sizeof(struct entry);
         bytes += known->used ? MOST_PAGES * sizeof(*known->used) : 0;
         bytes += known->spare ? MOST_PAGES * sizeof(struct page *) : 0;
-        for (unsigned j = 0; j < MOST_TOP >> PAGE_SHIFT; j++)
+        for (unsigned j = 0; known->touched && j < MOST_TOP >> PAGE_SHIFT; j++)
             bytes += known->touched[j] ? PAGE_CHUNKS * sizeof(*known->top) : 0;
     }
     return bytes;
