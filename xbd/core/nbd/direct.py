@@ -14,6 +14,7 @@ import trio
 from xbd.core.driver import DeviceAccess
 from xbd.core.hostio.failures import io_failure
 from xbd.core.hostio.files import O_DIRECT
+from xbd.core.nbd.claims import TableClaims
 from xbd.core.nbd.engine import Engine, Transfer
 from xbd.core.nbd.extents import Entry, Extents
 from xbd.core.units import MIB
@@ -36,11 +37,15 @@ class _Advice:
 class DirectIo:
     """For all connections of one export."""
 
-    def __init__(self, access: DeviceAccess, engine: Engine) -> None:
+    def __init__(
+        self, access: DeviceAccess, engine: Engine, claims: TableClaims | None = None
+    ) -> None:
+        """`claims`: what the driver may lend tables to."""
         self._extents = (Extents(), Extents())
         """For reading, and for writing."""
         self._access = access
         self._engine = engine
+        self._claims = claims
         self._in_flight: set[Transfer | _Advice] = set()
         self._ended = trio.lowlevel.ParkingLot()
         self._limiter = trio.CapacityLimiter(1)
@@ -58,13 +63,18 @@ class DirectIo:
         if (offset | length) % self._unit:
             return None
         known = self._extents[for_write]
-        entry = known.find(offset, offset + length)
+        end = offset + length
+        entry = known.find(offset, end)
+        if entry is None and for_write and self._claims is not None:
+            for made in self._claims.take(offset, end):
+                known.add(made)
+            entry = known.find(offset, end)
         if entry is None:
             at = offset
             for extent in self._access.resolve(offset, length, for_write=for_write) or ():
                 known.add((at, at + extent.length, extent.fd, extent.offset - at))
                 at += extent.length
-            entry = known.find(offset, offset + length)
+            entry = known.find(offset, end)
         return entry
 
     def is_cached(self, fd: int) -> bool:

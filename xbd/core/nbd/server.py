@@ -16,6 +16,7 @@ from xbd.core.driver import DeviceAccess
 from xbd.core.errors import DriverError
 from xbd.core.hostio.listen import listening
 from xbd.core.nbd.buffers import BufferPool
+from xbd.core.nbd.claims import TableClaims
 from xbd.core.nbd.connection import Connection
 from xbd.core.nbd.direct import DirectIo
 from xbd.core.nbd.engine import make_engine
@@ -74,7 +75,7 @@ class NbdServer:
         engine = make_engine(poller)
         self._poller = poller
         self._budget = Budget(self.limits)
-        self._direct = DirectIo(access, engine)
+        self._direct = DirectIo(access, engine, self._claims())
         access.subscribe(self._direct.invalidate)
         try:
             async with trio.open_nursery() as storage:
@@ -106,6 +107,13 @@ class NbdServer:
             negotiation.cancel()
         for connection in self._connections:
             connection.stop()
+
+    def _claims(self) -> TableClaims | None:
+        """Entries are made in trio's thread, so only where nothing else is urgent."""
+        access = self.export.access
+        if self.alone and access.claims is None:
+            access.claims = TableClaims()
+        return access.claims if isinstance(access.claims, TableClaims) else None
 
     def _fail(self, error: DriverError) -> None:
         if self._error is None:
