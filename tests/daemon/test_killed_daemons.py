@@ -24,6 +24,7 @@ PAGES = 120
 SIZE = WORKERS * PAGES * PAGE_SIZE
 OPTIONS = FrontendOptions(ring_order=0, queues=2, indirect_segments=32)
 PYTHON, NATIVE = "python", "native"
+GOING_ON = "going on where the last backend died"
 
 
 def content(page: int, version: int) -> bytes:
@@ -118,7 +119,10 @@ async def test_killed_daemons_that_no_guest_notices(tmp_path, driver, paths):
             async with trio.open_nursery() as nursery:
                 for worker in range(WORKERS):
                     nursery.start_soon(load.work, worker)
-                for data_path in paths[1:]:
+                for killed, data_path in enumerate(itertools.cycle(paths[1:])):
+                    # Seldom has none of the first few left anything undone.
+                    if killed >= len(paths) - 1 and GOING_ON in said + daemon.said:
+                        break
                     # Now and then before the debts of the last one are paid.
                     await load.until(load.answered + dice.choice((0, 1, 30, 200)))
                     await daemon.stop(signal.SIGKILL)
@@ -136,7 +140,6 @@ async def test_killed_daemons_that_no_guest_notices(tmp_path, driver, paths):
         assert await store.stop() == 0
     for unwanted in ("another ring", "Traceback", "left over", "request failed"):
         assert unwanted not in said
-    assert "going on where the last backend died" in said
     if driver == "imagefile":
         assert image.read_bytes() == load.expected(range(WORKERS * PAGES))
     else:
