@@ -124,22 +124,23 @@ def _run(job: _Job, progress: Progress) -> int:
 
     signalled, size = trio.run(partial(_convert_or_stop, job, progress))
     if signalled:
-        click.get_current_context().exit(128 + signal.SIGTERM)
+        click.get_current_context().exit(128 + signalled)
     return size
 
 
-async def _convert_or_stop(job: _Job, progress: Progress) -> tuple[bool, int]:
-    """Whether SIGTERM came, which leaves nothing half-made, and the disk's size."""
+async def _convert_or_stop(job: _Job, progress: Progress) -> tuple[int, int]:
+    """Which signal came (0: none), which leaves nothing half-made, and the disk's size."""
     import trio
 
-    signalled, size = False, 0
+    signalled, size = 0, 0
 
     async def stop(scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
         nonlocal signalled
-        with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        # Python's own way for SIGINT, an exception anywhere, may be lost in a destructor.
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             task_status.started()
-            async for _ in signals:
-                signalled = True
+            async for number in signals:
+                signalled = number
                 scope.cancel()
 
     async with trio.open_nursery() as nursery:
