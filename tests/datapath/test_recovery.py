@@ -26,6 +26,8 @@ from xbd.core.blkif import (
 from xbd.core.datapath.journal import Journal, JournalMemory, RingIdentity
 from xbd.core.datapath.recovery import take_over
 from xbd.core.driver.testing import Fault, FaultDevice, MemoryDevice
+from xbd.core.errors import PortFailed
+from xbd.core.frontend.options import FrontendOptions
 from xbd.core.units import KIB, MIB, PAGE_SIZE
 
 LIMITS = Limits(
@@ -281,3 +283,40 @@ async def test_a_new_backend_finishes_what_an_old_one_left(rig_maker, tmp_path):
     assert rig.device.inner.disk.content[: 32 * KIB] == b"".join(
         bytes([number + 1]) * 8 * KIB for number in range(4)
     )
+
+
+async def test_a_backend_that_could_not_begin_leaves_it_to_the_next_one(
+    rig_maker, tmp_path, monkeypatch
+):
+    """One ring was opened already; its guest has answers that must not come again."""
+    gate = trio.Event()
+    slow = Fault(operations={"writev"}, times=2, wait=gate, error=None)
+    device = FaultDevice(MemoryDevice(MIB), slow)
+    journals = tmp_path / "journal"
+    options = FrontendOptions(data_pages=64, queues=2)
+    async with (
+        rig_maker(device=device, journal_dir=journals, options=options) as rig,
+        trio.open_nursery() as nursery,
+    ):
+        for number in range(2):  # one in each ring
+            nursery.start_soon(rig.front.write, number * 8 * KIB, bytes([number + 1]) * 8 * KIB)
+        await trio.testing.wait_all_tasks_blocked()
+        for _ in range(4):
+            await rig.front.read(MIB // 2, 4096)  # answered, and in the ring behind those
+        await rig.die(journals)
+        bind, calls = rig.host.hypervisor.bind_interdomain, itertools.count()
+
+        def refuse(*arguments):
+            if next(calls) == 1:
+                raise PortFailed("not yet")
+            return bind(*arguments)
+
+        monkeypatch.setattr(rig.host.hypervisor, "bind_interdomain", refuse)
+        with pytest.raises(PortFailed):
+            await rig.connect()
+        gate.set()
+        await rig.connect()
+    assert rig.device.inner.disk.content[: 16 * KIB] == b"".join(
+        bytes([number + 1]) * 8 * KIB for number in range(2)
+    )
+    assert not list(journals.iterdir())

@@ -121,6 +121,8 @@ class Connection:
         except BaseException:
             self._release()
             raise
+        for server in self._servers:
+            server.journal.untouched = False
 
     async def run(self) -> None:
         """Serve; gives everything back on the way out.

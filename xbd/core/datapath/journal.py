@@ -105,6 +105,8 @@ class JournalMemory:
         debt: Debt = NO_DEBT,
     ) -> None:
         self.path = path
+        self.untouched = bool(debt.requests)
+        """Nobody has begun to answer an earlier backend's requests: they are left at `close`."""
         new = path and path.with_name(f"{path.name}.new")
         self._entries = entries
         self._size = request_size
@@ -147,9 +149,10 @@ class JournalMemory:
         return view[marks:indices].cast("Q"), view[indices:copies].cast("I"), view[copies:]
 
     def close(self) -> None:
-        """Drop the journal: the ring is drained or gone."""
+        """Drop the journal: the ring is drained or gone.  But leave it if it is `untouched`."""
         self._map.close()
-        self.disown()
+        if not self.untouched:
+            self.disown()
 
     def disown(self) -> None:
         """Remove the file.  The next journal of the ring has the same name, and is not ours."""

@@ -86,6 +86,8 @@ class NativeConnection:
         except BaseException:
             self._let_go(stopped=True)
             raise
+        for journal in self._journals:
+            journal.untouched = False
         # Before anybody can want to drain it: that would mean nothing yet.
         lib.xbd_connection_start(self._handle)
 
