@@ -215,7 +215,7 @@ class Connection:
             self._flush()
 
     def _take_all(self) -> bool:
-        inbox, share, checks = self._inbox, self.share, self._checks
+        inbox, share, checks, pool = self._inbox, self.share, self._checks, self.pool
         if self._arriving is not None:
             if not inbox.complete:
                 return True
@@ -236,12 +236,14 @@ class Connection:
                     inbox.skip(length)
                 self._outbox.refuse(cookie, REPLY_BYTES, *problem)
             elif kind == nbd.CMD_READ and length:
-                buffer = self.pool.take(length)
-                self._read(Transfer(self, False, offset, length, buffer, cookie, flags))
+                buffer = pool.take(length)
+                data = buffer.view[:length]
+                self._read(Transfer(self, False, offset, length, buffer, data, cookie, flags))
             elif kind == nbd.CMD_WRITE and length:
-                buffer = self.pool.take(length)
-                transfer = Transfer(self, True, offset, length, buffer, cookie, flags)
-                if not inbox.fetch(transfer.data):
+                buffer = pool.take(length)
+                data = buffer.view[:length]
+                transfer = Transfer(self, True, offset, length, buffer, data, cookie, flags)
+                if not inbox.fetch(data):
                     self._arriving = transfer
                     break
                 self._write(transfer)

@@ -38,22 +38,19 @@ class Owner(Protocol):
 
 @attrs.define(eq=False)
 class Transfer:
-    """The first `length` bytes of `buffer`, from or to the disk's range at `offset`."""
+    """From or to the disk's range at `offset`."""
 
     owner: Owner
     write: bool
     offset: int
     length: int
     buffer: Buffer
+    data: memoryview
+    """The first `length` bytes of `buffer`."""
     cookie: int
     """What the client knows the request by."""
     flags: int
     """Of the command."""
-
-    @property
-    def data(self) -> memoryview:
-        """The memory."""
-        return self.buffer.view[: self.length]
 
 
 class Engine(abc.ABC):

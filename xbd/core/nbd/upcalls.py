@@ -108,10 +108,11 @@ class Upcalls:
     def begin(self) -> None:
         """Have the driver move what has come together."""
         for transfers in self._together:
-            for some in _by_size(transfers):
-                self.poller.tasks += 1
-                self.nursery.start_soon(self._carry_out_many, some)
-            transfers.clear()
+            if transfers:
+                for some in _by_size(transfers):
+                    self.poller.tasks += 1
+                    self.nursery.start_soon(self._carry_out_many, some)
+                transfers.clear()
 
     # -- ends -------------------------------------------------------------------------------
 
