@@ -8,6 +8,7 @@ not, whatever came before or after it; so may each change of the file's size.
 from __future__ import annotations
 
 import errno
+import os
 import random
 import threading
 from collections import Counter
@@ -17,6 +18,7 @@ import attrs
 
 from xbd.core.driver import DriverError, NoSpace
 from xbd.core.hostio.failures import io_failure, shown
+from xbd.core.hostio.parallel import Piece
 from xbd.drivers.qcow2.host import PAGE, Host, Transfer
 
 SECTOR = 512
@@ -160,6 +162,17 @@ class RecordingHost(Host):
                     self.tape.add(change)
             failures.append(failure)
         return failures
+
+    def copy(self, copies: Sequence[tuple[Piece, Transfer]]) -> list[bool]:
+        done = []
+        for (fd, offset, buffers), new in copies:
+            self.calls["readv"] += 1
+            refused = self.fault("readv") is not None
+            if refused or os.preadv(fd, buffers, offset) < sum(map(len, buffers)):
+                done.append(False)
+            else:
+                done.append(self.writev([new]) == [None])
+        return done
 
     def zero(self, offset: int, length: int, *, may_unmap: bool) -> None:
         with self.tape.lock:

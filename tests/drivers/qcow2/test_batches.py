@@ -8,7 +8,9 @@ import pytest
 import trio
 import trio.testing
 
-from xbd.drivers.qcow2.batches import MOST_BATCHES, MOST_REQUESTS, PATIENCE_SECONDS, Batches
+from xbd.drivers.qcow2.batches import MOST_REQUESTS, PATIENCE_SECONDS, Batches
+
+MOST = 3
 
 
 class Work:
@@ -46,12 +48,12 @@ async def run_all(batches: Batches[int], requests: range) -> None:
 
 
 async def test_one(work: Work) -> None:
-    await Batches(work).run([7])
+    await Batches(work, MOST).run([7])
     assert work.batches == [[7]]
 
 
 async def test_who_has_all_of_them_waits_for_nobody(work: Work) -> None:
-    batches = Batches(work)
+    batches = Batches(work, MOST)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(partial(batches.run, [1, 2], gather=False))
         nursery.start_soon(partial(batches.run, [3], gather=False))
@@ -61,7 +63,7 @@ async def test_who_has_all_of_them_waits_for_nobody(work: Work) -> None:
 async def test_what_comes_together_is_done_together(
     work: Work, autojump_clock: trio.testing.MockClock
 ) -> None:
-    batches = Batches(work)
+    batches = Batches(work, MOST)
     work.seconds = 1
     await run_all(batches, range(20))
     assert sorted(work.finished) == list(range(20))
@@ -70,7 +72,7 @@ async def test_what_comes_together_is_done_together(
 
 async def test_no_batch_is_too_long(work: Work, autojump_clock: trio.testing.MockClock) -> None:
     work.seconds = 1
-    await run_all(Batches(work), range(3 * MOST_REQUESTS))
+    await run_all(Batches(work, MOST), range(3 * MOST_REQUESTS))
     assert sorted(work.finished) == list(range(3 * MOST_REQUESTS))
     assert max(map(len, work.batches)) <= MOST_REQUESTS
 
@@ -78,7 +80,7 @@ async def test_no_batch_is_too_long(work: Work, autojump_clock: trio.testing.Moc
 async def test_who_brings_many_has_them_in_one_batch(
     work: Work, autojump_clock: trio.testing.MockClock
 ) -> None:
-    batches = Batches(work)
+    batches = Batches(work, MOST)
     work.seconds = 1
     many = list(range(2 * MOST_REQUESTS))
     few = [[1000 + number, 2000 + number] for number in range(MOST_REQUESTS)]
@@ -96,20 +98,20 @@ async def test_who_brings_many_has_them_in_one_batch(
 async def test_what_comes_while_one_is_slow_does_not_wait_for_it(
     work: Work, autojump_clock: trio.testing.MockClock
 ) -> None:
-    batches = Batches(work)
+    batches = Batches(work, MOST)
     work.seconds = 100
     async with trio.open_nursery() as nursery:
         for request in range(10):
             nursery.start_soon(batches.run, [request])
             await trio.sleep(2 * PATIENCE_SECONDS)
-        assert work.most_under_way == MOST_BATCHES
-        assert len(work.batches) == MOST_BATCHES
-    assert work.most_under_way == MOST_BATCHES
+        assert work.most_under_way == MOST
+        assert len(work.batches) == MOST
+    assert work.most_under_way == MOST
     assert sorted(work.finished) == list(range(10))
 
 
 async def test_an_error_is_everybodys(work: Work, autojump_clock: trio.testing.MockClock) -> None:
-    batches = Batches(work)
+    batches = Batches(work, MOST)
     work.error = RuntimeError("no")
     failed = []
 
@@ -132,7 +134,7 @@ async def test_who_is_cancelled_still_waits(
     work: Work, autojump_clock: trio.testing.MockClock, turns: int
 ) -> None:
     """Buffers are in use until then; and nobody else is left waiting."""
-    batches = Batches(work)
+    batches = Batches(work, MOST)
     work.seconds = 1
     ended: list[int] = []
 
@@ -157,7 +159,7 @@ async def test_who_is_cancelled_still_waits(
 async def test_the_order_of_coming_is_kept(
     work: Work, autojump_clock: trio.testing.MockClock
 ) -> None:
-    batches = Batches(work)
+    batches = Batches(work, MOST)
     work.seconds = 1
     async with trio.open_nursery() as nursery:
         for request in range(30):

@@ -40,6 +40,19 @@ class ParallelIo:
         """Write the pieces' buffers."""
         return self._move(pieces, write=True)
 
+    def copy(self, copies: Sequence[tuple[Piece, Piece]]) -> list[bool]:
+        """Fill each first piece's buffers; as soon as they are full, write the second one's.
+
+        The second piece is not touched where the first one was not moved whole.
+        """
+        ring = self._take()
+        if ring is None:
+            return [False] * len(copies)
+        try:
+            return _copy(ring, copies)
+        finally:
+            self._put(ring)
+
     def _move(self, pieces: Sequence[Piece], *, write: bool) -> list[bool]:
         ring = self._take()
         if ring is None:
@@ -90,10 +103,7 @@ def _move(ring: IoUring, pieces: Sequence[Piece], *, write: bool) -> list[bool]:
             if len(buffers) > IOV_MAX:
                 left -= 1
                 continue
-            vector = array("Q")
-            for buffer in buffers:
-                vector.append(ctypes.addressof(ctypes.c_char.from_buffer(buffer)))
-                vector.append(buffer.nbytes)
+            vector = _vector(buffers)
             vectors.append(vector)
             lengths[number] = sum(vector[1::2])
             queue(fd, vector.buffer_info()[0], len(buffers), offset, number)
@@ -104,3 +114,44 @@ def _move(ring: IoUring, pieces: Sequence[Piece], *, write: bool) -> list[bool]:
             moved[number] = done == lengths[number]
             left -= 1
     return moved
+
+
+def _copy(ring: IoUring, copies: Sequence[tuple[Piece, Piece]]) -> list[bool]:
+    copied = [False] * len(copies)
+    lengths = [0, 0] * len(copies)
+    vectors = []  # kept until the end: the kernel may look at them for as long as it works
+
+    def start(number: int, *, write: bool) -> None:
+        fd, offset, buffers = copies[number][write]
+        vector = _vector(buffers)
+        vectors.append(vector)
+        step = 2 * number + write
+        lengths[step] = sum(vector[1::2])
+        queue = ring.writev if write else ring.readv
+        queue(fd, vector.buffer_info()[0], len(buffers), offset, step)
+
+    todo = iter(range(len(copies)))
+    while True:
+        # Each read that ends makes room for its write.
+        while ring.free and ring.in_flight < DEPTH and (number := next(todo, None)) is not None:
+            start(number, write=False)
+        if not ring.in_flight:
+            return copied
+        ring.wait(1)
+        for step, done in ring.reap():
+            number, write = divmod(step, 2)
+            if done != lengths[step]:
+                continue
+            if write:
+                copied[number] = True
+            else:
+                start(number, write=True)
+
+
+def _vector(buffers: Sequence[memoryview]) -> array[int]:
+    """As the kernel's ``struct iovec``."""
+    vector = array("Q")
+    for buffer in buffers:
+        vector.append(ctypes.addressof(ctypes.c_char.from_buffer(buffer)))
+        vector.append(buffer.nbytes)
+    return vector

@@ -14,9 +14,6 @@ RequestT = TypeVar("RequestT")
 MOST_REQUESTS: Final = 128
 """In one batch, unless they come together: bounds its memory, and how long the first one waits."""
 
-MOST_BATCHES: Final = 4
-"""Under way at a time."""
-
 PATIENCE_SECONDS: Final = 0.0005
 """How long a batch is alone.  What arrives meanwhile makes the next one: two threads that compute
 at a time get in each other's way.  When storage is slow, the next batch does not wait for it."""
@@ -36,8 +33,10 @@ class Batches(Generic[RequestT]):
     `work` notes the failure of a single request in that request; what it raises concerns all.
     """
 
-    def __init__(self, work: Callable[[list[RequestT]], Awaitable[None]]) -> None:
+    def __init__(self, work: Callable[[list[RequestT]], Awaitable[None]], most: int) -> None:
+        """`most`: batches under way at a time."""
         self._work = work
+        self._most = most
         self._queue: deque[_Waiting[RequestT]] = deque()
         self._running = 0
         self._gathering = False
@@ -72,7 +71,7 @@ class Batches(Generic[RequestT]):
         if not self._running:
             return True
         waited = trio.current_time() - self._began
-        return self._running < MOST_BATCHES and waited > PATIENCE_SECONDS
+        return self._running < self._most and waited > PATIENCE_SECONDS
 
     async def _lead(self) -> None:
         """Work off what waits; whoever calls is the first of it."""

@@ -48,6 +48,11 @@ from xbd.drivers.qcow2.zeroing import Zeroer
 
 _EVERYTHING: Final = 1 << 63
 
+_MOST_READ_BATCHES: Final = 4
+_MOST_WRITE_BATCHES: Final = 2
+"""At a time: storage works for one while the other one computes.  More are smaller, and pay for as
+many flushes."""
+
 _ALONE: Final = 256 * KIB
 """Bytes of reads that are work enough for a thread."""
 
@@ -135,8 +140,8 @@ class Qcow2Device(BlockDevice):
         self._writer = Writer(image)
         self._zeroer = Zeroer(image, self._writer)
         # Apart, because writes may wait for the disk.
-        self._reads: Batches[ReadRequest] = Batches(self._serve)
-        self._writes: Batches[WriteRequest] = Batches(self._serve)
+        self._reads: Batches[ReadRequest] = Batches(self._serve, _MOST_READ_BATCHES)
+        self._writes: Batches[WriteRequest] = Batches(self._serve, _MOST_WRITE_BATCHES)
         self._long = trio.CapacityLimiter(_MOST_ALONE)
         self._write = (
             CompressedWriter(image, self._writer).write if compress else self._writer.write

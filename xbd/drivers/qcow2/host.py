@@ -24,7 +24,7 @@ from xbd.core.driver import DriverError, NoSpace, OpenFailed
 from xbd.core.hostio.failures import io_failure, open_failure, shown
 from xbd.core.hostio.files import CACHED, O_DIRECT, DirectAlignment, direct_alignment, open_file
 from xbd.core.hostio.locks import lock_file
-from xbd.core.hostio.parallel import ParallelIo
+from xbd.core.hostio.parallel import ParallelIo, Piece
 from xbd.core.hostio.transfer import read_full, total, write_full, write_zero_bytes, zero_tail
 from xbd.core.hostio.zero import FileSpace, fallocate
 
@@ -61,6 +61,8 @@ class Host:
         self._lost = 0
         """Errno of a flush that failed: what was written before may be lost for ever."""
         self._size_lock = threading.Lock()
+        self._flush_lock = threading.Lock()
+        self._flushes_begun = 0
         self.parallel = ParallelIo()
         """For those who move many pieces at a time, of this file or others."""
 
@@ -163,6 +165,17 @@ class Host:
             for transfer, done in zip(transfers, written, strict=True)
         ]
 
+    def copy(self, copies: Sequence[tuple[Piece, Transfer]]) -> list[bool]:
+        """Read each piece, of any file, and write the transfer that uses its memory then.
+
+        Whether that was done whole; what was not may have been done in part.
+        """
+        if not self.direct:
+            return [False] * len(copies)
+        return self.parallel.copy(
+            [(old, (self.fd, new.offset, new.buffers)) for old, new in copies]
+        )
+
     def _can_go_parallel(self, transfers: Sequence[Transfer]) -> bool:
         for transfer in transfers:
             if (transfer.offset | total(transfer.buffers)) % self.alignment.offset:
@@ -240,14 +253,21 @@ class Host:
 
         After a failure the kernel forgets which cached writes were lost, so every later flush
         fails too: nobody may believe that they reached the disk.
+
+        Who comes while another one flushes shares the next flush with all that come meanwhile.
         """
-        if self._lost:
-            raise io_failure(f"{shown(self.path)}: earlier writes were lost", self._lost)
-        try:
-            os.fdatasync(self._cached_fd)
-        except OSError as error:
-            self._lost = error.errno or errno.EIO
-            raise self._failure("flush", error) from error
+        wanted = self._flushes_begun + 1
+        with self._flush_lock:
+            if self._lost:
+                raise io_failure(f"{shown(self.path)}: earlier writes were lost", self._lost)
+            if self._flushes_begun >= wanted:
+                return  # it began after this call did, and has ended
+            self._flushes_begun += 1
+            try:
+                os.fdatasync(self._cached_fd)
+            except OSError as error:
+                self._lost = error.errno or errno.EIO
+                raise self._failure("flush", error) from error
 
     def close(self) -> None:
         """Idempotent; nothing may be in flight any more."""

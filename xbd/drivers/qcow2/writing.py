@@ -22,6 +22,7 @@ import attrs
 
 from xbd.core.driver import DriverError, WriteRequest
 from xbd.core.driver.buffers import Cursor, gather, total
+from xbd.core.hostio.parallel import Piece
 from xbd.core.units import KIB, MIB
 from xbd.drivers.qcow2 import layout
 from xbd.drivers.qcow2.errors import CorruptImage
@@ -32,6 +33,9 @@ from xbd.drivers.qcow2.tables import pack_table
 
 _LONGEST_WRITE: Final = MIB
 """In bytes: longer ones are not faster."""
+
+_MOST_SPARE: Final = 2 * MIB
+"""In bytes: memory that is kept."""
 
 _CHEAP: Final = 16 * KIB
 """Bytes that are read in vain, rather than making one more read."""
@@ -105,6 +109,8 @@ class Writer:
         self._tables = image.tables
         self._unit = image.tables.subcluster_size
         self._bits = image.header.cluster_bits
+        self._spare: list[memoryview] = []
+        """Memory for clusters, to be used again: new memory costs as much as reading into it."""
 
     def write(self, requests: Sequence[WriteRequest]) -> list[tuple[int, int]]:
         """Write all; each request's `error` says how it went.
@@ -294,7 +300,7 @@ class Writer:
     def _carry_out(self, in_place: list[_InPlace], mine: list[_Allocation]) -> None:
         image = self._image
         writes = [_Write(one.host, one.buffers, one.request) for one in in_place]
-        writes += self._assemble_all(mine)
+        writes += self._assemble_all(self._copy(mine))
         joined = _join(writes)
         transfers = [self._transfer(group[0].host, _buffers(group)) for group in joined]
         for group, failure in zip(joined, image.data_host.writev(transfers), strict=True):
@@ -309,7 +315,52 @@ class Writer:
                 for allocation in replacing:
                     allocation.error = error
 
-    def _assemble_all(self, mine: list[_Allocation]) -> list[_Write]:
+    def _copy(self, mine: Sequence[_Allocation]) -> Sequence[_Allocation]:
+        """Write clusters of which all the old content simply lies somewhere, each as soon as that
+        is read.  Returns those that are not written, whatever the reason."""
+        found = [(one, copy) for one in mine if (copy := self._copy_of(one)) is not None]
+        if not found:
+            return mine
+        done = self._image.data_host.copy([copy for _, copy in found])
+        written = {id(one) for (one, _), whole in zip(found, done, strict=True) if whole}
+        for _, ((_, _, memory), _) in found:
+            if len(self._spare) < max(1, _MOST_SPARE >> self._bits):
+                self._spare += memory
+        return [one for one in mine if id(one) not in written]
+
+    def _copy_of(self, allocation: _Allocation) -> tuple[Piece, Transfer] | None:
+        """What to read, and what to write then; None: it has to be looked at more closely."""
+        image, size = self._image, self._tables.cluster_size
+        if allocation.old_is_zero or self._tables.extended or image.cipher is not None:
+            return None
+        if image.data_host is not image.host:
+            return None  # it shall not become longer than the disk
+        start = allocation.cluster << self._bits
+        parts = sorted(allocation.parts, key=lambda part: part.offset)
+        unit = image.data_host.alignment.offset
+        at = start
+        for part in parts:
+            if part.offset < at or (part.offset | part.length) % unit:
+                return None
+            if any(buffer.readonly for buffer in part.buffers):
+                return None
+            at = part.end
+        extent = image.resolve(start, size)
+        if extent is None or extent.length < size:
+            return None
+        old = self._spare.pop() if self._spare else image.buffer(size)
+        new: list[memoryview] = []
+        at = start
+        for part in parts:
+            if at < part.offset:
+                new.append(old[at - start : part.offset - start])
+            new += part.buffers
+            at = part.end
+        if at < start + size:
+            new.append(old[at - start :])
+        return (extent.fd, extent.offset, [old]), Transfer(allocation.host, new)
+
+    def _assemble_all(self, mine: Sequence[_Allocation]) -> list[_Write]:
         """What to write for allocations, with what has to be copied read already."""
         assembled: list[tuple[_Allocation, list[_Write]]] = []
         for allocation in mine:
