@@ -29,7 +29,27 @@ from xbd.core.units import MIB
 
 MOST_TOGETHER: Final = MIB
 """Bytes that one call is asked for, and that are answered when all of them are done."""
+PATIENCE_SECONDS: Final = 0.005
+"""How long a call waits for the end of the one before it.  Small ones at the same time get in each
+other's way, and more comes meanwhile; but storage that is slow shall not hold up the others."""
 _NO_MEMORY: Final = memoryview(b"")
+
+
+@attrs.define(eq=False)
+class _Together:
+    """What the driver will be asked for together."""
+
+    transfers: list[Transfer] = attrs.field(factory=list)
+    gathering: bool = False
+    """Whether a task is about to take them."""
+    under_way: int = 0
+    """Calls that have not ended."""
+    ended: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot)
+
+    def take(self) -> list[Transfer]:
+        self.gathering = False
+        transfers, self.transfers = self.transfers, []
+        return transfers
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -51,10 +71,10 @@ class Upcalls:
     _places: Places[Transfer] = attrs.field(init=False)
     _sought: set[Transfer] = attrs.field(factory=set, init=False)
     """Writes whose places are being sought."""
-    _together: tuple[list[Transfer], list[Transfer]] = attrs.field(
-        factory=lambda: ([], []), init=False
+    _together: tuple[_Together, _Together] = attrs.field(
+        factory=lambda: (_Together(), _Together()), init=False
     )
-    """Reads and writes that the driver will be asked for together."""
+    """Reads, and writes."""
 
     def __attrs_post_init__(self) -> None:
         self._places = Places(self.access, self._placed)
@@ -76,7 +96,7 @@ class Upcalls:
     def _move(self, transfer: Transfer) -> None:
         """By the driver's methods."""
         if self.access.takes_with_others(transfer.offset, transfer.length):
-            self._together[transfer.write].append(transfer)
+            self._together[transfer.write].transfers.append(transfer)
         else:
             self.alone(transfer)
 
@@ -107,12 +127,11 @@ class Upcalls:
 
     def begin(self) -> None:
         """Have the driver move what has come together."""
-        for transfers in self._together:
-            if transfers:
-                for some in _by_size(transfers):
-                    self.poller.tasks += 1
-                    self.nursery.start_soon(self._carry_out_many, some)
-                transfers.clear()
+        for together in self._together:
+            if together.transfers and not together.gathering:
+                together.gathering = True
+                self.poller.tasks += 1
+                self.nursery.start_soon(self._carry_out_together, together)
 
     # -- ends -------------------------------------------------------------------------------
 
@@ -131,6 +150,29 @@ class Upcalls:
         finally:
             self.poller.tasks -= 1
         self.flush()
+
+    async def _carry_out_together(self, together: _Together) -> None:
+        """What has come, in a moment: after the calls that are under way, unless they are slow."""
+        try:
+            if together.under_way:
+                with trio.move_on_after(PATIENCE_SECONDS):
+                    await together.ended.park()
+            first, *others = _by_size(together.take())
+            for some in others:
+                self.poller.tasks += 1
+                self.nursery.start_soon(self._carry_out_next, together, some)
+        except BaseException:
+            self.poller.tasks -= 1
+            raise
+        await self._carry_out_next(together, first)
+
+    async def _carry_out_next(self, together: _Together, transfers: Sequence[Transfer]) -> None:
+        together.under_way += 1
+        try:
+            await self._carry_out_many(transfers)
+        finally:
+            together.under_way -= 1
+            together.ended.unpark()
 
     async def _carry_out_many(self, transfers: Sequence[Transfer]) -> None:
         """All of them are reads, or all are writes."""
@@ -165,7 +207,9 @@ class Upcalls:
             self.failed(error)
 
     def abandon(self) -> None:
-        """The nursery has ended, and was cancelled: nobody seeks places any more."""
+        """The nursery has ended, perhaps cancelled: nobody does anything any more."""
+        for together in self._together:
+            self.outbox.give_up(together.take())
         self.outbox.give_up(self._sought)
         self.poller.tasks -= len(self._sought)
         self._sought.clear()
