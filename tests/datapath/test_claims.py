@@ -146,14 +146,15 @@ def test_nothing_changes_in_what_was_taken_back(both):
     assert both.used() == {3: 2, ENTRIES: 1}
 
 
-def test_the_memory_stays_while_it_is_lent(both):
-    if both.extents is None:
-        pytest.skip("the model's is Python's")
+def test_the_memory_stays_while_it_is_lent():
+    """To C, which would not notice that it has moved."""
+    both = Both("native")
     both.lend(0)
     with pytest.raises(BufferError):
         both.tables[0].append(1)
     both.claims.end()
     both.tables[0].append(1)
+    both.close()
 
 
 def test_nothing_is_taken_after_the_end(both):
@@ -202,3 +203,25 @@ def test_a_table_that_cannot_be_written_is_not_used_any_more(both):
     assert not both.take(1)
     assert both.claims.end() == places(2, 1)
     os.close(read_only)
+
+
+def test_drivers_that_make_mistakes_are_told():
+    """They share a process with everybody."""
+    if native.why_not is not None:
+        pytest.skip(f"no native data path: {native.why_not}")
+    claims = NativeExtents(lambda *_, **__: None).claims
+    entries = array("Q", bytes(64))
+    for mistake in (
+        lambda: claims.lend(0, entries, 0),
+        lambda: claims.supply([0]),
+        lambda: claims.begin(0, 0, 0, 0),
+        lambda: claims.begin(0, 0, 3 * 4096, 0),
+    ):
+        with pytest.raises(ValueError, match=r"\w"):
+            mistake()
+    claims.take_back(0)
+    assert not claims.take(0, UNIT)
+    assert claims.end() == []
+    claims.begin(0, 0, UNIT, 0)
+    with pytest.raises(ValueError, match="units of 4096"):
+        claims.lend(512, entries, 0)

@@ -24,17 +24,24 @@ class NativeClaims:
             raise MemoryError
         self._extents = extents  # outlives the handle
         self.handle: Any = ffi.gc(made, lib.xbd_claims_free)
+        self._unit = 0
+        """Bytes; 0: `begin` has not been called."""
         self._lent: dict[int, Any] = {}
         """The memory of what is lent, by offset."""
 
     def begin(self, fd: int, table_fd: int, unit: int, bits: int) -> None:
         """See `Claims.begin`."""
+        if unit < 1 or unit & (unit - 1):
+            raise ValueError(f"a unit of {unit} bytes is no power of two")
         if not lib.xbd_claims_begin(self.handle, fd, table_fd, unit, bits):
             raise MemoryError
+        self._unit = unit
         self._lent.clear()
 
     def lend(self, offset: int, entries: array[int], position: int) -> None:
         """See `Claims.lend`."""
+        if not self._unit or offset % self._unit:
+            raise ValueError(f"nothing can be lent from {offset} on in units of {self._unit} bytes")
         memory = ffi.from_buffer("uint64_t[]", entries, require_writable=True)
         lib.xbd_claims_lend(self.handle, offset, memory, len(entries), position)
         self._lent[offset] = memory
@@ -54,6 +61,8 @@ class NativeClaims:
 
     def supply(self, places: Sequence[int]) -> int:
         """See `Claims.supply`."""
+        if not self._unit:
+            raise ValueError("nothing has begun")
         taken: int = lib.xbd_claims_supply(self.handle, places, len(places))
         return taken
 
