@@ -131,7 +131,8 @@ class NbdServer(Server):
         if workload.operations:
             command.append(f"--number_ios={workload.operations}")
         else:
-            command += ["--time_based", f"--runtime={seconds}"]
+            # It drops fractions of a second.
+            command += ["--time_based", f"--runtime={round(seconds * 1000)}ms"]
         before = _cpu_seconds(self.pid)
         try:
             done = subprocess.run(

@@ -166,12 +166,11 @@ class Host:
         ]
 
     def copy(self, copies: Sequence[tuple[Piece, Transfer]]) -> list[bool]:
-        """Read each piece, of any file, and write the transfer that uses its memory then.
+        """Read each piece, of any file, and write the transfer that uses its memory then.  Only if
+        data goes past the page cache.
 
         Whether that was done whole; what was not may have been done in part.
         """
-        if not self.direct:
-            return [False] * len(copies)
         return self.parallel.copy(
             [(old, (self.fd, new.offset, new.buffers)) for old, new in copies]
         )

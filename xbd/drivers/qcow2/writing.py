@@ -318,6 +318,8 @@ class Writer:
     def _copy(self, mine: Sequence[_Allocation]) -> Sequence[_Allocation]:
         """Write clusters of which all the old content simply lies somewhere, each as soon as that
         is read.  Returns those that are not written, whatever the reason."""
+        if not self._image.data_host.direct:
+            return mine
         found = [(one, copy) for one in mine if (copy := self._copy_of(one)) is not None]
         if not found:
             return mine
