@@ -41,7 +41,10 @@ def _value(node: ast.AST, known: dict[str, float]) -> float:
 
 ALL = {
     path: constants(path)
-    for path in [*ROOM.rglob("*.py"), *ROOM.rglob("src/*.c"), *ROOM.rglob("src/*.h")]
+    for path in [
+        *(ROOM.parent / "driver" / "together.py", *ROOM.rglob("*.py")),
+        *(*ROOM.rglob("src/*.c"), *ROOM.rglob("src/*.h")),
+    ]
 }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import threading
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 from xbd.core.hostio.transfer import IOV_MAX
@@ -34,31 +35,25 @@ class ParallelIo:
 
     def read(self, pieces: Sequence[Piece]) -> list[bool]:
         """Fill the pieces' buffers."""
-        return self._move(pieces, write=False)
+        return self._with_ring(partial(_move, pieces, write=False), len(pieces))
 
     def write(self, pieces: Sequence[Piece]) -> list[bool]:
         """Write the pieces' buffers."""
-        return self._move(pieces, write=True)
+        return self._with_ring(partial(_move, pieces, write=True), len(pieces))
 
     def copy(self, copies: Sequence[tuple[Piece, Piece]]) -> list[bool]:
         """Fill each first piece's buffers; as soon as they are full, write the second one's.
 
         The second piece is not touched where the first one was not moved whole.
         """
-        ring = self._take()
-        if ring is None:
-            return [False] * len(copies)
-        try:
-            return _copy(ring, copies)
-        finally:
-            self._put(ring)
+        return self._with_ring(partial(_copy, copies), len(copies))
 
-    def _move(self, pieces: Sequence[Piece], *, write: bool) -> list[bool]:
+    def _with_ring(self, move: Callable[[IoUring], list[bool]], count: int) -> list[bool]:
         ring = self._take()
         if ring is None:
-            return [False] * len(pieces)
+            return [False] * count
         try:
-            return _move(ring, pieces, write=write)
+            return move(ring)
         finally:
             self._put(ring)
 
@@ -90,7 +85,7 @@ class ParallelIo:
             self._idle.pop().close()
 
 
-def _move(ring: IoUring, pieces: Sequence[Piece], *, write: bool) -> list[bool]:
+def _move(pieces: Sequence[Piece], ring: IoUring, *, write: bool) -> list[bool]:
     moved = [False] * len(pieces)
     lengths = [0] * len(pieces)
     vectors = []  # kept until the end: the kernel may look at them for as long as it works
@@ -116,7 +111,7 @@ def _move(ring: IoUring, pieces: Sequence[Piece], *, write: bool) -> list[bool]:
     return moved
 
 
-def _copy(ring: IoUring, copies: Sequence[tuple[Piece, Piece]]) -> list[bool]:
+def _copy(copies: Sequence[tuple[Piece, Piece]], ring: IoUring) -> list[bool]:
     copied = [False] * len(copies)
     lengths = [0, 0] * len(copies)
     vectors = []  # kept until the end: the kernel may look at them for as long as it works

@@ -8,7 +8,7 @@ places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import attrs
@@ -16,6 +16,7 @@ import trio
 
 from xbd.core.driver import DeviceAccess, ReadRequest, WriteRequest
 from xbd.core.driver.places import Places
+from xbd.core.driver.together import by_size
 from xbd.core.errors import Disposition, DriverError
 from xbd.core.nbd import constants as nbd
 from xbd.core.nbd import replies
@@ -25,10 +26,7 @@ from xbd.core.nbd.direct import DirectIo
 from xbd.core.nbd.engine import Transfer
 from xbd.core.nbd.outbox import Outbox
 from xbd.core.nbd.poller import Poller
-from xbd.core.units import MIB
 
-MOST_TOGETHER: Final = MIB
-"""Bytes that one call is asked for, and that are answered when all of them are done."""
 PATIENCE_SECONDS: Final = 0.005
 """How long a call waits for the end of the one before it.  Small ones at the same time get in each
 other's way, and more comes meanwhile; but storage that is slow shall not hold up the others."""
@@ -157,7 +155,7 @@ class Upcalls:
             if together.under_way:
                 with trio.move_on_after(PATIENCE_SECONDS):
                     await together.ended.park()
-            first, *others = _by_size(together.take())
+            first, *others = by_size(together.take())
             for some in others:
                 self.poller.tasks += 1
                 self.nursery.start_soon(self._carry_out_next, together, some)
@@ -213,17 +211,3 @@ class Upcalls:
         self.outbox.give_up(self._sought)
         self.poller.tasks -= len(self._sought)
         self._sought.clear()
-
-
-def _by_size(transfers: Sequence[Transfer]) -> Iterator[list[Transfer]]:
-    """In parts of `MOST_TOGETHER` at most."""
-    some: list[Transfer] = []
-    size = 0
-    for one in transfers:
-        if some and size + one.length > MOST_TOGETHER:
-            yield some
-            some, size = [], 0
-        some.append(one)
-        size += one.length
-    if some:
-        yield some

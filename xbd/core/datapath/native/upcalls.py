@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from xbd.core.datapath.native import ffi, lib
 from xbd.core.datapath.native.extents import NativeExtents
 from xbd.core.driver import DeviceAccess, Extent, ReadRequest, WriteRequest
 from xbd.core.driver.places import Places
+from xbd.core.driver.together import by_size
 from xbd.core.errors import (
     DeviceBroken,
     Disposition,
@@ -28,8 +29,6 @@ from xbd.core.ratelimit import RateLimit
 
 _log = structlog.get_logger()
 
-MOST_TOGETHER: Final = 1 << 20
-"""Bytes that one call is asked for, and that are answered when all of them are done."""
 _OKAY: Final = constants.RSP_OKAY
 
 
@@ -187,7 +186,7 @@ class Upcalls:
             if asked:
                 self._together[write] = []
                 self._under_way += len(asked)
-                for some in _by_size(asked):
+                for some in by_size(asked):
                     self.nursery.start_soon(self._carry_out_many, some, bool(write))
 
     def _placed(self, asked: Sequence[_Asked]) -> None:
@@ -334,20 +333,6 @@ class Upcalls:
         for event in self._waiting.values():
             event.set()
         self._waiting.clear()
-
-
-def _by_size(asked: Sequence[_Asked]) -> Iterator[list[_Asked]]:
-    """In parts of `MOST_TOGETHER` at most."""
-    some: list[_Asked] = []
-    size = 0
-    for one in asked:
-        if some and size + one.length > MOST_TOGETHER:
-            yield some
-            some, size = [], 0
-        some.append(one)
-        size += one.length
-    if some:
-        yield some
 
 
 def _views(asked: _Asked) -> list[memoryview]:
