@@ -9,54 +9,16 @@ import pytest
 import trio
 import trio.testing
 from data_paths import NATIVE, NATIVE_PREADV, PYTHON
+from placing_device import UNIT, Placing
 
-from xbd.core.driver import DriverError, HostExtent
-from xbd.core.driver.testing import MemoryDevice
+from xbd.core.driver import DriverError
 from xbd.core.errors import DeviceBroken
 from xbd.core.frontend.errors import RequestFailed
-from xbd.core.units import KIB, MIB, PAGE_SIZE
-
-UNIT = 64 * KIB
+from xbd.core.units import MIB, PAGE_SIZE
 
 pytestmark = pytest.mark.parametrize(
     "native_threads", [PYTHON, NATIVE, NATIVE_PREADV], indirect=True
 )
-
-
-class Placing(MemoryDevice):
-    """Units resolve when they have been placed; only every third can't be."""
-
-    def __init__(self) -> None:
-        super().__init__(2 * MIB)
-        self.places: set[int] = set()
-        self.calls: list[list[tuple[int, int]]] = []
-        self.written: list[int] = []
-        self.error: Exception | None = None
-        self.held: trio.Event | None = None
-
-    def resolve(self, offset, length, *, for_write):
-        first = offset // UNIT
-        if first not in self.places:
-            return None
-        return [HostExtent(fd=self._fd, offset=offset, length=(first + 1) * UNIT - offset)]
-
-    def can_place(self, offset, length):
-        return offset // UNIT not in self.places
-
-    async def place(self, extents):
-        self.calls.append([(extent.offset, extent.length) for extent in extents])
-        await trio.lowlevel.checkpoint()
-        if self.held is not None:
-            await self.held.wait()
-        if self.error is not None:
-            raise self.error
-        for extent in extents:
-            if extent.offset // UNIT % 3 != 2:
-                self.places.add(extent.offset // UNIT)
-
-    async def writev(self, offset, buffers):
-        self.written.append(offset)
-        await super().writev(offset, buffers)
 
 
 async def write_all(rig, offsets, content=b"w"):

@@ -12,6 +12,7 @@ import trio
 import trio.testing
 from nbd_client import DF, EIO, FLUSH, FUA, READ, TRIM, WRITE, WRITE_ZEROES, Client
 from nbd_rig import SECONDS, SIZE, Rig, serving
+from placing_device import UNIT, Placing
 
 from xbd.core.driver import (
     Concurrency,
@@ -20,7 +21,6 @@ from xbd.core.driver import (
     DiskSpec,
     DriverError,
     Geometry,
-    HostExtent,
     MediaError,
     open_disk,
 )
@@ -30,44 +30,11 @@ from xbd.core.units import KIB, MIB
 from xbd.drivers.qcow2.create import create
 from xbd.drivers.qcow2.create_options import CreateOptions
 
-UNIT = 64 * KIB
 PAGE = 4 * KIB
 
 
-class Placing(MemoryDevice):
-    """Units resolve when they have been placed; only every third can't be."""
-
-    def __init__(self) -> None:
-        super().__init__(SIZE, geometry=Geometry(size=SIZE, request_alignment=512))
-        self.places: set[int] = set()
-        self.calls: list[list[tuple[int, int]]] = []
-        self.written: list[int] = []
-        self.error: Exception | None = None
-        self.held: trio.Event | None = None
-
-    def resolve(self, offset, length, *, for_write):
-        first = offset // UNIT
-        if first not in self.places:
-            return None
-        return [HostExtent(fd=self._fd, offset=offset, length=(first + 1) * UNIT - offset)]
-
-    def can_place(self, offset, length):
-        return offset // UNIT not in self.places
-
-    async def place(self, extents):
-        self.calls.append([(extent.offset, extent.length) for extent in extents])
-        await trio.lowlevel.checkpoint()
-        if self.held is not None:
-            await self.held.wait()
-        if self.error is not None:
-            raise self.error
-        for extent in extents:
-            if extent.offset // UNIT % 3 != 2:
-                self.places.add(extent.offset // UNIT)
-
-    async def writev(self, offset, buffers):
-        self.written.append(offset)
-        await super().writev(offset, buffers)
+def placing() -> Placing:
+    return Placing(SIZE, Geometry(size=SIZE, request_alignment=512))
 
 
 class Batching(MemoryDevice):
@@ -129,7 +96,7 @@ async def being_placed(rig: Rig, device: Placing) -> Client:
 
 
 async def test_what_can_be_placed_is_written_past_the_driver(engine: str):
-    device = Placing()
+    device = placing()
     async with serving(device) as rig:
         client = await rig.client()
         for content in (b"w", b"v"):
@@ -148,7 +115,7 @@ async def test_what_can_be_placed_is_written_past_the_driver(engine: str):
 
 
 async def test_writes_that_come_meanwhile_are_placed_together():
-    device = Placing()
+    device = placing()
     async with serving(device) as rig:
         client = await being_placed(rig, device)
         for unit in (3, 4, 6):
@@ -163,7 +130,7 @@ async def test_writes_that_come_meanwhile_are_placed_together():
 
 
 async def test_where_placing_fails_the_driver_writes():
-    device = Placing()
+    device = placing()
     device.error = DriverError("full", errno=28)
     async with serving(device) as rig:
         client = await rig.client()
@@ -193,7 +160,7 @@ async def test_a_disk_that_breaks_in_placing_is_told_by_writing():
 @pytest.mark.parametrize(("offset", "flags"), [(0, FUA), (100, 0)])
 async def test_what_is_not_placed(offset: int, flags: int):
     """What has to be durable is the driver's, and so is what does not fit its alignment."""
-    device = Placing()
+    device = placing()
     async with serving(device) as rig:
         client = await rig.client()
         await client.write(offset, b"1" * PAGE, flags=flags)
@@ -204,7 +171,7 @@ async def test_what_is_not_placed(offset: int, flags: int):
 
 
 async def test_who_leaves_while_places_are_sought_has_written():
-    device = Placing()
+    device = placing()
     async with serving(device) as rig:
         client = await being_placed(rig, device)
         await client.stream.aclose()
@@ -214,7 +181,7 @@ async def test_who_leaves_while_places_are_sought_has_written():
 
 
 async def test_a_stop_waits_for_places(tmp_path: Path):
-    device = Placing()
+    device = placing()
     device.held = trio.Event()
     access = parallel(device)
     path = tmp_path / "socket"
@@ -234,7 +201,7 @@ async def test_a_stop_waits_for_places(tmp_path: Path):
 
 
 async def test_nothing_is_left_when_places_are_sought_no_more():
-    device = Placing()
+    device = placing()
     access = parallel(device)
     server = NbdServer(Export(access=access))
     async with trio.open_nursery() as nursery:
@@ -249,7 +216,7 @@ async def test_nothing_is_left_when_places_are_sought_no_more():
 
 async def test_nothing_is_placed_behind_an_end_that_moves():
     """The disk shrinks while a write waits for its place."""
-    device = Placing()
+    device = placing()
     async with serving(device) as rig:
         client = await being_placed(rig, device)
         last = await client.send(WRITE, SIZE - PAGE, data=b"3" * PAGE)

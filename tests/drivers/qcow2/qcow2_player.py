@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import attrs
-from claims_model import ModelClaims
 from qcow2_history import NEVER, SECTOR, ZEROES, History, Version, stamp
 
 from xbd.core.driver import DriverError, Extent, HostExtent, WriteRequest
 from xbd.core.driver.buffers import Cursor, total
+from xbd.core.nbd.claims import TableClaims
 from xbd.drivers.qcow2 import snapshots
 from xbd.drivers.qcow2.compressing import CompressedWriter
 from xbd.drivers.qcow2.host import Transfer
@@ -22,7 +22,7 @@ from xbd.drivers.qcow2.writing import Writer
 from xbd.drivers.qcow2.zeroing import Zeroer
 
 SomeClaims = Any
-"""A `Claims` that has ``take(offset, length)``, too."""
+"""A `Claims` that has ``take(start, end)``, too."""
 
 LENGTHS = (1, 1, 1, 2, 3, 7, 8, 9, 16, 31, 64, 100)
 """In sectors."""
@@ -36,6 +36,21 @@ class Shot:
     content: bytes
     begun: int
     done: int = NEVER
+
+
+class WatchedClaims(TableClaims):
+    """Writes entries as the image's own are, which may be recorded, and fail."""
+
+    def __init__(self, image: Image) -> None:
+        super().__init__()
+        self._host = image.host
+
+    def _write(self, data: bytes, position: int) -> bool:
+        try:
+            self._host.write(position, data)
+        except DriverError:
+            return False
+        return True
 
 
 class Player:
@@ -63,9 +78,7 @@ class Player:
         self.high = image.size // SECTOR if high is None else high
         self.writer = Writer(image)
         self.placer = None if compress else Placer(image)
-        self.claims = claims or ModelClaims(
-            lambda start, end: self._resolve(start, end - start) is not None, image.host.write
-        )
+        self.claims = claims or WatchedClaims(image)
         self.zeroer = Zeroer(image, self.writer)
         compressing = CompressedWriter(image, self.writer).write
         self._write = compressing if compress else self.writer.write
@@ -141,7 +154,7 @@ class Player:
         length = total(request.buffers)
         with self.image.using():
             extents = self._resolve(request.offset, length)
-            if extents is None and self.claims.take(request.offset, length):
+            if extents is None and self.claims.take(request.offset, request.offset + length):
                 extents = self._resolve(request.offset, length)
             if extents is None:
                 return False

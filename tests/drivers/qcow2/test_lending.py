@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from claims_model import ModelClaims
 from qcow2_walk import tool
 
 from xbd.core.datapath import native
 from xbd.core.datapath.native.extents import NativeExtents
 from xbd.core.driver import Extent, WriteRequest
+from xbd.core.nbd.claims import TableClaims
 from xbd.core.units import KIB, MIB
 from xbd.drivers.qcow2 import snapshots
 from xbd.drivers.qcow2.errors import CorruptImage
@@ -52,13 +52,18 @@ def image(path: Path) -> Iterator[Image]:
     tool("qemu-img", "check", "-q", path)
 
 
-@pytest.fixture(params=["model", "native"])
+@pytest.fixture(params=["python", "native"])
 def claims(request: pytest.FixtureRequest) -> Any:
-    if request.param == "model":
-        return ModelClaims()
+    if request.param == "python":
+        return TableClaims()
     if native.why_not is not None:
         pytest.skip(f"no native data path: {native.why_not}")
     return NativeExtents(lambda *_, **__: None).claims
+
+
+def sectors(offset: int) -> tuple[int, int]:
+    """A range of a request."""
+    return offset, offset + DATA
 
 
 def place(placer: Placer, offset: int, claims: Any) -> None:
@@ -74,7 +79,7 @@ def put(image: Image, offset: int, data: bytes) -> None:
 
 
 def claim(image: Image, claims: Any, offset: int, data: bytes) -> None:
-    assert claims.take(offset, len(data))
+    assert claims.take(offset, offset + len(data))
     put(image, offset, data)
 
 
@@ -113,11 +118,11 @@ def test_what_is_claimed_is_there(image: Image, path: Path, claims: Any) -> None
 def test_tables_near_what_was_asked_for_are_lent(image: Image, claims: Any) -> None:
     placer = Placer(image)
     place(placer, 0, claims)
-    assert claims.take(TABLE - CLUSTER, DATA)
-    assert not claims.take(TABLE, DATA)
+    assert claims.take(*sectors(TABLE - CLUSTER))
+    assert not claims.take(*sectors(TABLE))
     placer.place([Extent(offset=TABLE - DATA, length=2 * DATA)], claims)
-    assert claims.take(2 * TABLE - CLUSTER, DATA)
-    assert not claims.take(2 * TABLE, DATA)
+    assert claims.take(*sectors(2 * TABLE - CLUSTER))
+    assert not claims.take(*sectors(2 * TABLE))
 
 
 def test_who_goes_on_gets_more_clusters(image: Image, claims: Any) -> None:
@@ -125,7 +130,7 @@ def test_who_goes_on_gets_more_clusters(image: Image, claims: Any) -> None:
     placer = Placer(image)
     lots = []
     for unit in range(0, 512):
-        if not claims.take(unit * CLUSTER, DATA):
+        if not claims.take(*sectors(unit * CLUSTER)):
             place(placer, unit * CLUSTER, claims)
             lots.append(claims.supplied)
     assert lots[0] == FIRST_LOT
@@ -141,7 +146,7 @@ def test_nothing_that_was_lent_is_lost(image: Image, path: Path, claims: Any) ->
     assert claims.supplied
     size = path.stat().st_size
     image.close()
-    assert not claims.take(CLUSTER, DATA)
+    assert not claims.take(*sectors(CLUSTER))
     assert path.stat().st_size < size
 
 
@@ -168,7 +173,7 @@ def test_who_changes_a_table_has_it_alone(image: Image, claims: Any, who: str) -
     put(image, 0, b"p" * DATA)
     claim(image, claims, 3 * CLUSTER, b"c" * DATA)
     others(image)[who]()
-    assert not claims.take(4 * CLUSTER, DATA)
+    assert not claims.take(*sectors(4 * CLUSTER))
     assert read(image, 3 * CLUSTER) == b"c" * DATA
     before = {"write": b"p", "discard": b"\0", "write in place": b"w"}.get(who, b"p") * DATA
     assert read(image, 0) == before
@@ -181,7 +186,7 @@ def test_a_corrupt_image_has_nothing_claimed(path: Path, claims: Any) -> None:
     image = open_image(path, Wishes(writable=True))
     place(Placer(image), 0, claims)
     image.mark_corrupt(CorruptImage("as if"))
-    assert not claims.take(CLUSTER, DATA)
+    assert not claims.take(*sectors(CLUSTER))
     image.close()
 
 
@@ -203,7 +208,7 @@ def test_a_table_that_is_dropped_is_taken_back(path: Path, claims: Any) -> None:
     for table in range(4):
         place(placer, table * TABLE, claims)
         claim(image, claims, table * TABLE + CLUSTER, b"%d" % table * DATA)
-    assert [claims.take(table * TABLE + 2 * CLUSTER, DATA) for table in range(4)] == [
+    assert [bool(claims.take(*sectors(table * TABLE + 2 * CLUSTER))) for table in range(4)] == [
         *(False, False),
         *(True, True),
     ]
@@ -233,8 +238,8 @@ def test_no_table_is_lent_while_somebody_allocates_in_it(
         writer.start()
         assert writing.wait(20)
     place(placer, 0, claims)
-    assert not claims.take(3 * CLUSTER, DATA)
-    assert claims.take(TABLE + CLUSTER, DATA), "other tables are"
+    assert not claims.take(*sectors(3 * CLUSTER))
+    assert claims.take(*sectors(TABLE + CLUSTER)), "other tables are"
     go_on.set()
     writer.join()
     place(placer, CLUSTER, claims)
@@ -252,7 +257,7 @@ def test_where_the_table_cannot_be_written_the_driver_says_so(
     claims.begin(image.host.fd, read_only, CLUSTER, 1 << 63)
     claims.supply([MIB])
     image.tables.lend(0, claims)
-    assert not claims.take(CLUSTER, DATA)
+    assert not claims.take(*sectors(CLUSTER))
     assert not claims.supplied
     os.close(read_only)
     assert read(image, CLUSTER) == bytes(DATA)

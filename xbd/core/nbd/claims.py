@@ -133,8 +133,11 @@ class TableClaims:
         """Give places to neighbours."""
         places = [self._places.popleft() for _ in range(unit, stop)]
         words = array("Q", [place | self._bits for place in places])
+        packed = words[:]
+        if sys.byteorder == "little":
+            packed.byteswap()
         at = unit - loan.first
-        if not self._write(words, loan.position + at * _WORD):
+        if not self._write(packed.tobytes(), loan.position + at * _WORD):
             # Nobody knows what of it is in the file: those places are never used for anything
             # else, and the driver finds out what is wrong.
             self._drop(loan.first)
@@ -145,12 +148,9 @@ class TableClaims:
             made.append((low, low + self._unit, self._fd, place - low))
         return True
 
-    def _write(self, words: array[int], position: int) -> bool:
-        if sys.byteorder == "little":
-            words = words[:]
-            words.byteswap()
+    def _write(self, data: bytes, position: int) -> bool:
         try:
-            return os.pwrite(self._table_fd, words, position) == len(words) * _WORD
+            return os.pwrite(self._table_fd, data, position) == len(data)
         except OSError:
             return False
 

@@ -51,12 +51,12 @@ class NativeClaims:
         lib.xbd_claims_take_back(self.handle, offset)
         self._lent.pop(offset, None)
 
-    def take(self, offset: int, length: int) -> bool:
+    def take(self, start: int, end: int) -> bool:
         """Find places for all of a range, as the threads do; false: the driver has to be asked.
 
         Writes to a file, through the page cache.
         """
-        taken: bool = lib.xbd_claims_take(self.handle, offset, length)
+        taken: bool = lib.xbd_claims_take(self.handle, start, end - start)
         return taken
 
     def supply(self, places: Sequence[int]) -> int:
