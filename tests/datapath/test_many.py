@@ -32,8 +32,10 @@ class Many(MemoryDevice):
         self.error: Exception = MediaError("bad block")
         self.failure: Exception | None = None
         self.held: trio.Event | None = None
+        self.alone: list[bool] = []
 
     async def read_many(self, requests):
+        self.alone += [request.alone for request in requests]
         await self._all("read", requests, self.readv)
 
     async def write_many(self, requests):
@@ -177,3 +179,22 @@ async def test_writes_wait_for_who_has_a_range_alone(rig_maker):
         await trio.testing.wait_all_tasks_blocked(0.01)
         assert device.calls == [("write", 1)]
     assert device.calls == [("write", 1)] * 2
+
+
+@native
+async def test_who_reads_alone_is_told_so(rig_maker):
+    device = Many()
+    async with rig_maker(device=device) as rig:
+        await rig.front.read(0, PAGE_SIZE)
+        assert device.alone == [True]
+        device.held = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(rig.front.read, 0, PAGE_SIZE)
+            await trio.testing.wait_all_tasks_blocked()
+            while len(device.alone) < 2:
+                await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(rig.front.read, PAGE_SIZE, PAGE_SIZE)
+            while len(device.alone) < 3:
+                await trio.testing.wait_all_tasks_blocked()
+            device.held.set()
+        assert device.alone == [True, True, False]

@@ -6,16 +6,20 @@ import os
 import random
 import shutil
 import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 from qcow2_walk import prose, tool
 
-from xbd.core.driver import OpenContext, ReadRequest, WriteRequest, parse_options
+from xbd.core.driver import BlockDevice, OpenContext, ReadRequest, WriteRequest, parse_options
 from xbd.core.driver.buffers import aligned_buffer
 from xbd.core.units import KIB, MIB
 from xbd.drivers.qcow2 import DRIVER
+from xbd.drivers.qcow2 import device as device_module
 from xbd.drivers.qcow2.device import Qcow2Device
 from xbd.drivers.qcow2.errors import CorruptImage
 from xbd.drivers.qcow2.image import Image
@@ -156,3 +160,87 @@ async def test_requests_are_served_outside_trio(packed: Path, content: bytes) ->
         with pytest.raises(KeyError):
             served.end()
     tool("qemu-img", "check", "-f", "qcow2", packed)
+
+
+class Threads:
+    """How often a device needed one."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    async def run(self, function: Any, *args: Any) -> Any:
+        self.calls += 1
+        return await trio.to_thread.run_sync(function, *args)
+
+
+@asynccontextmanager
+async def served(path: Path) -> AsyncIterator[tuple[BlockDevice, Threads]]:
+    async def invalidate(offset: int, length: int) -> None:
+        pytest.fail("nothing moves")
+
+    threads = Threads()
+    context = OpenContext(
+        device_id="test", writable=False, run_blocking=threads.run, invalidate=invalidate
+    )
+    options = parse_options(DRIVER.options, {"path": str(path)})
+    async with DRIVER.open(context, options) as device:
+        await read_by(device, 5 * CLUSTER, alone=False)  # tables come into memory
+        threads.calls = 0
+        yield device, threads
+
+
+async def read_by(device: BlockDevice, offset: int, *, alone: bool) -> ReadRequest:
+    read = ReadRequest(offset, [aligned_buffer(4096, 4096)], alone=alone)
+    await device.read_many([read])
+    return read
+
+
+async def test_who_is_alone_needs_no_thread_for_a_compressed_cluster(
+    packed: Path, content: bytes
+) -> None:
+    packed.read_bytes()  # into the page cache
+    async with served(packed) as (device, threads):
+        check([await read_by(device, 4096, alone=True)], content)
+        assert threads.calls == 0
+        check([await read_by(device, CLUSTER + 4096, alone=False)], content)
+        assert threads.calls == 1
+
+
+async def test_one_image_at_a_time_does_without_threads(
+    packed: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_module, "_OWNED_SECONDS", 1000)
+    packed.read_bytes()
+    async with served(packed) as (device, threads), served(packed) as (other, others):
+        check([await read_by(device, 0, alone=True)], content)
+        check([await read_by(other, 0, alone=True)], content)
+        check([await read_by(device, CLUSTER, alone=True)], content)
+        assert (threads.calls, others.calls) == (0, 1)
+        await device.aclose()
+        check([await read_by(other, CLUSTER, alone=True)], content)
+        assert others.calls == 1
+
+
+async def test_what_takes_long_gets_a_thread_even_alone(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "raw").write_bytes(content)
+    tool(
+        "qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=2M",
+        tmp_path / "raw", tmp_path / "image",
+    )  # fmt: skip
+    (tmp_path / "image").read_bytes()
+    async with served(tmp_path / "image") as (device, threads):
+        check([await read_by(device, 2 * MIB, alone=True)], content)
+        assert threads.calls == 1
+
+
+async def test_damage_is_told_as_ever_to_who_is_alone(packed: Path, content: bytes) -> None:
+    image = open_image(packed, Wishes())
+    place = image.pieces(0, CLUSTER)[0].host & (1 << 54) - 1
+    image.close()
+    with packed.open("r+b") as file:
+        file.seek(place)
+        file.write(b"\xff" * 64)
+    async with served(packed) as (device, _):
+        read = await read_by(device, 0, alone=True)
+        assert isinstance(read.error, CorruptImage)
+        check([await read_by(device, 2 * CLUSTER, alone=True)], content)

@@ -103,6 +103,9 @@ class ReadRequest:
     offset: int
     buffers: Sequence[memoryview]
     error: DriverError | None = None
+    alone: bool = False
+    """Nothing else of this disk is under way: who has some of trio's own time for it, and needs no
+    thread, keeps nobody waiting."""
 
 
 @attrs.define(eq=False)

@@ -92,6 +92,7 @@ class Connection:
             direct=self.direct,
             poller=self.poller,
             outbox=self._outbox,
+            budget=self.share.budget,
             flush=self._flush,
             failed=self.failed,
             note=self.note,

@@ -24,6 +24,7 @@ from xbd.core.nbd.buffers import Buffer
 from xbd.core.nbd.commands import Commands, Request
 from xbd.core.nbd.direct import DirectIo
 from xbd.core.nbd.engine import Transfer
+from xbd.core.nbd.limits import Budget
 from xbd.core.nbd.outbox import Outbox
 from xbd.core.nbd.poller import Poller
 
@@ -59,6 +60,7 @@ class Upcalls:
     direct: DirectIo
     poller: Poller
     outbox: Outbox
+    budget: Budget
     flush: Callable[[], None]
     """Has the outbox send what it has."""
     failed: Callable[[DriverError], None]
@@ -182,6 +184,7 @@ class Upcalls:
                 await self.access.write_many(writes)
             else:
                 requests = reads = [ReadRequest(one.offset, [one.data]) for one in transfers]
+                reads[0].alone = self.budget.bytes == transfers[0].length
                 await self.access.read_many(reads)
         except DriverError as error:
             failure = error

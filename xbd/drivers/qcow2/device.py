@@ -7,6 +7,7 @@ writes that arrive together share a thread hop, and are planned, written and lin
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -58,6 +59,9 @@ _ALONE: Final = 256 * KIB
 
 _MOST_ALONE: Final = 2
 """Such reads at a time: storage works for one while the other one is unpacked, on all CPUs."""
+
+_OWNED_SECONDS: Final = 0.001
+"""How long others leave trio's thread to who used it for long work."""
 
 SCAN_ENTRIES: Final = 128
 """Clusters or subclusters that one answer of `resolve` looks at: some 10 us at most."""
@@ -121,6 +125,16 @@ class Served:
     end: Callable[[], None]
     """To be called, once and from any thread, when nobody uses those answers any more: what was
     there before is not used again until then."""
+
+
+class _Owner:
+    """Who does what takes some 100 us in trio's thread, and when it began that last."""
+
+    device: Qcow2Device | None = None
+    latest: float = 0.0
+
+
+_owner: Final = _Owner()
 
 
 class Qcow2Device(BlockDevice):
@@ -201,7 +215,12 @@ class Qcow2Device(BlockDevice):
 
     async def _read(self, requests: Sequence[ReadRequest], *, gather: bool) -> None:
         read = self.image.read_known
-        rest = [request for request in requests if not read(request.offset, request.buffers)]
+        unpack = len(requests) == 1 and requests[0].alone and self._may_take_long()
+        rest = [
+            request
+            for request in requests
+            if not read(request.offset, request.buffers, unpack=unpack)
+        ]
         if not rest:
             await trio.lowlevel.checkpoint()
         elif sum(total(request.buffers) for request in rest) > _ALONE:
@@ -209,6 +228,17 @@ class Qcow2Device(BlockDevice):
                 await self._serve(rest)
         else:
             await self._reads.run(rest, gather=gather)
+
+    def _may_take_long(self) -> bool:
+        """Whether no other image needs trio's thread for what takes some 100 us.
+
+        When several unpack, it is done on all CPUs.
+        """
+        now = time.monotonic()
+        if _owner.device not in (None, self) and now - _owner.latest <= _OWNED_SECONDS:
+            return False
+        _owner.device, _owner.latest = self, now
+        return True
 
     async def write_many(self, requests: Sequence[WriteRequest]) -> None:
         await self._writes.run(requests, gather=False)
@@ -314,4 +344,6 @@ class Qcow2Device(BlockDevice):
     async def aclose(self) -> None:
         if not self._closed:
             self._closed = True
+            if _owner.device is self:
+                _owner.device = None
             await self._run(self.image.close)

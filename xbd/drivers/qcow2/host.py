@@ -33,6 +33,9 @@ PAGE: Final = 4096
 _PLENTY: Final = 64
 """Nobody shall lack the space that is allocated ahead: there must be so many times as much."""
 
+_NOWAIT: Final[int] = getattr(os, "RWF_NOWAIT", 0)
+"""Reads what is in the page cache, and nothing else (Linux)."""
+
 _DSYNC: Final[int] = getattr(os, "RWF_DSYNC", 0)
 """Makes one write durable, where `flush` has to wait for all there are (Linux)."""
 
@@ -97,6 +100,17 @@ class Host:
         except OSError as error:
             raise self._failure("read", error) from error
         return data
+
+    def read_at_once(self, offset: int, length: int) -> memoryview | None:
+        """Any bytes, if all of them are in the page cache.  Never waits."""
+        if not _NOWAIT:
+            return None
+        data = memoryview(bytearray(length))
+        try:
+            whole = os.preadv(self._cached_fd, [data], offset, _NOWAIT) == length
+        except OSError:
+            return None  # not there, or something is wrong: reading tells
+        return data if whole else None
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Metadata.  On return it survives the death of this process."""

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 MOST_COPIED: Final = 64 * KIB
 """Of unpacked bytes that a read gets without a thread: they cost some 5 us."""
 
+_LITTLE: Final = 16 * KIB
+"""Of bytes in packed clusters, for which a thread costs more than it gives."""
+
 
 @attrs.define(eq=False)
 class _Wanted:
@@ -71,12 +74,17 @@ class Reader:
                 for request, below in plan.behind:
                     request.error = request.error or below.error
 
-    def read_known(self, offset: int, buffers: Sequence[memoryview]) -> bool:
-        """Read what is in memory or all zeroes, if all of it is.  Never waits."""
+    def read_known(
+        self, offset: int, buffers: Sequence[memoryview], *, unpack: bool = False
+    ) -> bool:
+        """Read what is in memory or all zeroes, if all of it is.  Never waits.
+
+        `unpack`: also a little of what can be unpacked without waiting.
+        """
         length = total(buffers)
         with self._image.using():
             try:
-                known = self._known(offset, length)
+                known = self._known(offset, length, unpack=unpack and length <= _LITTLE)
             except CorruptImage:
                 return False  # reading it says what is wrong
             if known is None:
@@ -86,7 +94,9 @@ class Reader:
                 zero_or_scatter(data, cursor.take(size))
         return True
 
-    def _known(self, offset: int, length: int) -> list[tuple[int, memoryview | None]] | None:
+    def _known(
+        self, offset: int, length: int, *, unpack: bool
+    ) -> list[tuple[int, memoryview | None]] | None:
         """The range in pieces: length, and content or that it is zero; None: it is elsewhere."""
         image = self._image
         known: list[tuple[int, memoryview | None]] = []
@@ -102,6 +112,8 @@ class Reader:
                 return None
             start, stop = self._in_cluster(piece)
             data = image.unpacker.known(piece.host, stop)
+            if data is None and unpack:
+                data = image.unpacker.unpack_at_once(piece.host, stop)
             if data is None:
                 return None
             known.append((piece.length, memoryview(data)[start:stop]))

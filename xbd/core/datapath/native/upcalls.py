@@ -232,6 +232,8 @@ class Upcalls:
     async def _carry_out_many(self, asked: Sequence[_Asked], write: bool) -> None:
         """Transfers through the driver's methods for many.  Raises what closes the device."""
         reads = [] if write else [ReadRequest(one.offset, _views(one)) for one in asked]
+        if len(reads) == 1:
+            reads[0].alone = lib.xbd_connection_in_flight(self.handle) == 1
         writes = [WriteRequest(one.offset, _views(one)) for one in asked] if write else []
         requests: Sequence[ReadRequest | WriteRequest] = writes or reads
         failure: XbdError | None = None
