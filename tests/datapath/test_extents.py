@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from xbd.core.datapath.native.extents import NativeExtents
 from xbd.core.driver import HostExtent
 from xbd.core.units import GIB, KIB, MIB
 
+TIB = 1024 * GIB
 BLOCK = 16 * KIB  # a quarter of a chunk
 SIZE = 64
 range_of_disk = st.tuples(st.integers(0, SIZE - 1), st.integers(1, SIZE)).map(
@@ -333,3 +335,191 @@ def test_neighbours_in_both_places_are_one_entry():
         cache.find(offset, 4 * KIB)
     for offset, _ in itertools.pairwise(sorted(order)):
         assert cache.known(offset, 4 * MIB) == (3, offset + 7, 4 * MIB - offset)
+
+
+# -- what is added to the native one --------------------------------------------------------------
+
+MOST = 4096
+"""In C: entries of the table, and pages of 512 chunks."""
+PAGE = 32 * MIB
+CHUNK = 64 * KIB
+
+
+class Told(CExtents):
+    """The native one, with a driver that says nothing: what is known was told."""
+
+    def __init__(self):
+        super().__init__(lambda *_, **__: None)
+
+    def put(self, start, end, fd, position, *, for_write=False):
+        assert native.lib.xbd_extents_put(self.extents.handle, for_write, start, end, fd, position)
+
+    def add(self, start, end, fd, position, *, for_write=False, losses=None):
+        if losses is None:
+            losses = self.losses()
+        return native.lib.xbd_extents_add(
+            self.extents.handle, for_write, start, end, fd, position, losses
+        )
+
+    def losses(self):
+        return native.lib.xbd_extents_losses(self.extents.handle)
+
+    def known(self, offset, length, *, for_write=False):
+        return self.find(offset, length, for_write=for_write)
+
+
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.sampled_from(["put", "add", "add", "forget"]),
+            range_of_disk,
+            st.integers(3, 5),
+            positions,
+        ),
+        max_size=40,
+    ),
+    for_write=st.booleans(),
+)
+def test_what_is_added_goes_where_nothing_is_known(steps, for_write):
+    """Beside what was put last, of which the rest of a chunk may be dropped."""
+    told, model = Told(), Layout([None] * SIZE)
+    for step, (first, count), fd, position in steps:
+        offset, length = first * BLOCK, count * BLOCK
+        new = {first + i: (fd, position + i * BLOCK) for i in range(count)}
+        if step == "forget":
+            told.forget(offset, length)
+            model.owners = [None if at in new else owner for at, owner in enumerate(model.owners)]
+        elif step == "put":
+            told.put(offset, offset + length, fd, position, for_write=for_write)
+            model.owners = [new.get(at, owner) for at, owner in enumerate(model.owners)]
+        else:
+            for at in list(new):
+                if told.known(at * BLOCK, BLOCK, for_write=for_write):
+                    del new[at]
+            assert told.add(offset, offset + length, fd, position, for_write=for_write)
+            model.owners = [new.get(at, owner) for at, owner in enumerate(model.owners)]
+            assert told.known(offset, length, for_write=for_write) == model.pieces(offset, length)
+        for at in range(SIZE):
+            found = told.known(at * BLOCK, BLOCK, for_write=for_write)
+            assert found is None or found == model.pieces(at * BLOCK, BLOCK)
+        assert told.known(0, SIZE * BLOCK, for_write=not for_write) is None
+
+
+def test_gaps_between_chunks_and_what_is_smaller():
+    told = Told()
+    told.put(64 * KIB, 128 * KIB, 3, 5 * MIB)
+    told.put(148 * KIB, 152 * KIB, 4, 6 * MIB)
+    told.put(250 * KIB, 330 * KIB, 5, 7 * MIB)  # a chunk, and a part of one at each side
+    assert told.add(0, MIB, 9, GIB)
+    assert told.known(0, MIB) == [
+        (9, GIB, 64 * KIB),
+        (3, 5 * MIB, 64 * KIB),
+        (9, GIB + 128 * KIB, 20 * KIB),
+        (4, 6 * MIB, 4 * KIB),
+        (9, GIB + 152 * KIB, 98 * KIB),
+        (5, 7 * MIB, 80 * KIB),
+        (9, GIB + 330 * KIB, MIB - 330 * KIB),
+    ]
+
+
+def test_what_is_known_reaches_beyond_what_is_added():
+    told = Told()
+    told.put(0, 100 * KIB, 3, 0)
+    told.put(200 * KIB, MIB, 3, 200 * KIB)
+    assert told.add(32 * KIB, 300 * KIB, 9, GIB)
+    assert told.known(0, MIB) == [
+        (3, 0, 100 * KIB),
+        (9, GIB + 68 * KIB, 100 * KIB),
+        (3, 200 * KIB, MIB - 200 * KIB),
+    ]
+    assert told.add(210 * KIB, 220 * KIB, 9, 0), "where all is known"
+    assert told.known(200 * KIB, 100 * KIB) == [(3, 200 * KIB, 100 * KIB)]
+
+
+@pytest.mark.parametrize("fine", [False, True])
+def test_a_very_long_extent_over_what_is_known(fine):
+    """Beyond what pages reach as well; with fine chunks these are 16 times as many."""
+    told = Told()
+    for number in range(2 * MOST if fine else 0):
+        told.put(number * CHUNK, number * CHUNK + 4 * KIB, 3, number * MIB)
+    told.forget(0, TIB)
+    unit = native.lib.xbd_extents_chunk(told.extents.handle, False)
+    assert unit == (4 * KIB if fine else CHUNK)
+    known = [10 * MIB, GIB, TIB, 7 * TIB, 20 * TIB]
+    for number, start in enumerate(known):
+        told.put(start, start + unit, 3, number * MIB)
+    began = time.thread_time()
+    assert told.add(0, 64 * TIB, 9, TIB)
+    assert time.thread_time() - began < 1
+    wanted = []
+    at = 0
+    for number, start in enumerate(known):
+        wanted += [(9, TIB + at, start - at), (3, number * MIB, unit)]
+        at = start + unit
+    assert told.known(0, 64 * TIB) == [*wanted, (9, TIB + at, 64 * TIB - at)]
+
+
+def fill_table(told, count=MOST):
+    """With parts of two chunks each, which continue nothing."""
+    starts = [number * 4 * CHUNK + CHUNK // 2 for number in range(count)]
+    for number, start in enumerate(starts):
+        told.put(start, start + CHUNK, 3, GIB + number * 3 * MIB)
+    return starts
+
+
+def fill_pages(told, count=MOST):
+    """With one chunk each, from the second page on."""
+    starts = [number * PAGE + 5 * CHUNK for number in range(1, count + 1)]
+    for number, start in enumerate(starts):
+        told.put(start, start + CHUNK, 3, GIB + number * 3 * MIB)
+    return starts
+
+
+@pytest.mark.parametrize("fill", [fill_table, fill_pages])
+def test_nothing_is_added_once_something_was_dropped(fill):
+    """By whoever asked before: what was dropped may have been newer than his answer."""
+    told = Told()
+    before = told.losses()
+    *_, last = fill(told)
+    assert told.losses() == before, "there was room for so much"
+    far = 1 << 42
+    told.put(far + 4 * KIB, far + 8 * KIB + CHUNK, 3, 0)
+    told.put(far + PAGE, far + PAGE + CHUNK, 3, 0)
+    after = told.losses()
+    assert after != before
+    assert not told.add(far, far + MIB, 9, 0, losses=before)
+    assert not told.add(far, far + MIB, 9, 0, for_write=True, losses=before)
+    assert told.known(far, 4 * KIB) is None
+    assert told.known(far, 4 * KIB, for_write=True) is None
+    assert told.known(last, CHUNK) == [(3, GIB + (MOST - 1) * 3 * MIB, CHUNK)]
+    assert told.add(far, far + MIB, 9, 0, losses=after)
+    assert told.known(far, 4 * KIB) == [(9, 0, 4 * KIB)]
+
+
+@pytest.mark.parametrize(("fill", "first"), [(fill_table, 0), (fill_pages, 256 * CHUNK)])
+def test_what_an_addition_drops_itself_is_not_added_instead(fill, first):
+    """For want of room: what is known stays, or nothing is known any more."""
+    told = Told()
+    starts = fill(told)
+    before = told.losses()
+    told.add(first, starts[-1] + CHUNK, 9, 0)
+    assert told.losses() != before, "there was not room for this"
+    for number, start in enumerate(starts):
+        assert told.known(start, CHUNK) in (None, [(3, GIB + number * 3 * MIB, CHUNK)])
+
+
+@pytest.mark.parametrize("how", ["put", "forget"])
+def test_the_end_that_a_full_table_has_no_room_for_counts_as_dropped(how):
+    """Of what is cut in two."""
+    told = Told()
+    fill_table(told, MOST - 1)
+    start, end = 2 * GIB, 2 * GIB + MIB
+    told.put(start, end, 3, 1)  # no sector begins there: so it is in the table
+    losses = told.losses()
+    middle = start + 4 * CHUNK
+    if how == "put":
+        told.put(middle, middle + CHUNK, 3, 0)
+    else:
+        told.forget(middle, CHUNK)
+    told.add(middle + CHUNK, end, 9, 0, losses=losses)
+    assert told.known(middle + CHUNK, CHUNK) in (None, [(3, 1 + 5 * CHUNK, CHUNK)])

@@ -285,6 +285,49 @@ MUTANTS: Final = (
         command=("claims_threads", "300000"),
     ),
     Mutant(
+        "entries are made for what was copied, but is not durable",
+        "copy.c",
+        "        copy->step = STORED;\n        sync_stored(ring);\n",
+        "        end(copy, claims_enter(ring->connection->config.claims, &copy->claimed));\n",
+        command=("copy_test", "2000"),
+    ),
+    Mutant(
+        "a sync counts for what was stored after it began",
+        "copy.c",
+        "        if (copy->step == SYNCING)\n            done",
+        "        if (copy->step == SYNCING || copy->step == STORED)\n            done",
+        command=("copy_test", "20000"),
+    ),
+    Mutant(
+        "a copy takes the place of what somebody else has entered meanwhile",
+        "claims.c",
+        "    bool possible = choose_all(claims, claimed->first, claimed->number, chosen);\n"
+        "    for (unsigned i = 0; i < claimed->number; i++)\n"
+        "        chosen[i].place = claimed->places[i];\n",
+        "    bool possible = true;\n"
+        "    for (unsigned i = 0; i < claimed->number; i++) {\n"
+        "        chosen[i] = (struct claim){\n"
+        "            .loan = loan_of(claims, claimed->first + i), .unit = claimed->first + i};\n"
+        "        possible &= chosen[i].loan != NULL;\n"
+        "        chosen[i].place = claimed->places[i];\n"
+        "    }\n",
+        command=("copy_test", "20000"),
+    ),
+    Mutant(
+        "a place that was written to in vain is lost",
+        "claims.c",
+        "    if (!possible)\n        spoil(claims, claimed);\n",
+        "",
+        command=("copy_test", "2000"),
+    ),
+    Mutant(
+        "writes to a unit that is being copied don't wait",
+        "copy.c",
+        "    struct copy *other = copy_of(ring, request);\n",
+        "    struct copy *other = copy_of(ring, request) ? NULL : NULL;\n",
+        command=("copy_test", "2000"),
+    ),
+    Mutant(
         "a ring that was asked to stop is told more",
         "connection.c",
         "    if (connection->stopped)\n        return;                         /* the rings",

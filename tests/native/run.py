@@ -139,6 +139,7 @@ def run_checks() -> None:
         check(sanitizer, "extents_threads", hits)
     for sanitizer, claims in zip(every, ("30000", "20000", "10000"), strict=True):
         check(sanitizer, "claims_threads", claims)
+        check(sanitizer, "copy_test", claims)
     for sanitizer in SANITIZERS:
         check(sanitizer, "stress_test", "--sleeps", "150000")
 

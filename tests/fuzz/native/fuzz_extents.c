@@ -2,6 +2,10 @@
  * The extent cache against what was put into it: a look-up may miss at any time, but never tells anything else than
  * what was put last and not forgotten since; and to forget says false only if nothing could have been known.
  *
+ * What is added goes only where nothing is known; so each block is looked up before.  If nothing is dropped
+ * meanwhile, all of it is known afterwards.  What was put after an answer was given is newer: in its place the
+ * answer must not be found, however much was dropped.
+ *
  * The model is a flat array: for each block of some windows of the disk, its file and position.  The windows lie
  * where the cache has its bounds.  Beside them, so far from each other that each takes a page of the cache, lie
  * single chunks: more than there are pages, so that some have to go.
@@ -18,6 +22,7 @@ enum {
     NARROW = 48,                        /* most that is done is done among so many blocks, so that it meets */
     MOST_TURNS = 300,
     MOST_PUTS = 3000,
+    MOST_LONG = 4,                      /* extents over nearly all of it: they take longer */
 };
 
 #define FAR_BASE (UINT64_C(3) << 40)
@@ -28,6 +33,8 @@ struct known_place {
     uint32_t epoch;                     /* known if it is this input's */
     int32_t fd;
     uint64_t position;
+    unsigned put;                       /* the how manieth it was; 0: it may be dropped without a word */
+    bool stays;                         /* the cache knew of it when something was added */
 };
 
 struct model {
@@ -40,7 +47,7 @@ struct world {
     xbd_extents *extents;
     uint64_t block;                     /* bytes: not always sectors */
     bool at_zero;                       /* the first window begins there */
-    unsigned puts;
+    unsigned puts, long_ones;
 };
 
 static struct model models[2];          /* for reading, for writing */
@@ -167,14 +174,29 @@ static void look_everywhere(const struct world *world)
 
 /* -- putting ------------------------------------------------------------------------------------------- */
 
+/* With a part of a chunk goes what is known of its rest, and that is no want of room. */
+static void excuse_rest(const struct world *world, bool for_write, unsigned window, uint64_t bound)
+{
+    uint64_t chunk = xbd_extents_chunk(world->extents, for_write);
+    uint64_t number = bound / chunk;
+    for (unsigned i = 0; bound % chunk && i < BLOCKS; i++) {
+        uint64_t start = base(world, window) + i * world->block;
+        if (start / chunk <= number && number <= (start + world->block - 1) / chunk)
+            models[for_write].blocks[window][i].put = 0;
+    }
+}
+
 static void put(struct world *world, bool for_write, const struct range *range, int32_t fd, uint64_t position)
 {
     uint64_t start = start_of(world, range);
     if (world->puts++ >= MOST_PUTS)
         return;
     CHECK(xbd_extents_put(world->extents, for_write, start, start + range->number * world->block, fd, position));
+    excuse_rest(world, for_write, range->window, start);
+    excuse_rest(world, for_write, range->window, start + range->number * world->block);
     for (unsigned i = 0; i < range->number; i++)
-        models[for_write].blocks[range->window][range->first + i] = (struct known_place){epoch, fd, position + i * world->block};
+        models[for_write].blocks[range->window][range->first + i] =
+            (struct known_place){epoch, fd, position + i * world->block, world->puts, false};
 }
 
 static uint64_t choose_position(struct world *world, const struct range *range)
@@ -231,7 +253,7 @@ static void put_far(struct world *world)
         uint64_t position = (uint64_t)i * FAR_LENGTH;
         int32_t fd = (how >> 1 & 7) + (int32_t)(i % 5);
         CHECK(xbd_extents_put(world->extents, for_write, start, start + FAR_LENGTH, fd, position));
-        models[for_write].far[i] = (struct known_place){epoch, fd, position};
+        models[for_write].far[i] = (struct known_place){epoch, fd, position, world->puts + 1, false};
     }
 }
 
@@ -247,7 +269,8 @@ static void put_over_far(struct world *world)
     uint64_t end = FAR_BASE + ((uint64_t)last << FAR_SHIFT) + FAR_LENGTH;
     CHECK(xbd_extents_put(world->extents, for_write, start, end, fd, start));
     for (unsigned i = first; i <= last; i++)
-        models[for_write].far[i] = (struct known_place){epoch, fd, FAR_BASE + ((uint64_t)i << FAR_SHIFT)};
+        models[for_write].far[i] =
+            (struct known_place){epoch, fd, FAR_BASE + ((uint64_t)i << FAR_SHIFT), 0, false};
 }
 
 /* Nothing comes of these. */
@@ -261,6 +284,151 @@ static void put_nonsense(struct world *world)
     CHECK(!xbd_extents_put(world->extents, for_write, start, start + 512, -1, 0));
     CHECK(!xbd_extents_put(world->extents, for_write, start, start + 512, 3, UINT64_MAX));
     CHECK(!xbd_extents_put(world->extents, for_write, 0, 1024, 3, INT64_MAX - 512));
+    uint32_t losses = xbd_extents_losses(world->extents);
+    CHECK(!xbd_extents_add(world->extents, for_write, start, start, 3, 0, losses));
+    CHECK(!xbd_extents_add(world->extents, for_write, start + 1, start, 3, 0, losses));
+    CHECK(!xbd_extents_add(world->extents, for_write, start, start + 512, -1, 0, losses));
+    CHECK(!xbd_extents_add(world->extents, for_write, 0, 1024, 3, INT64_MAX - 512, losses));
+}
+
+/* -- adding -------------------------------------------------------------------------------------------- */
+
+/* What a driver says, and when it was asked. */
+struct answer {
+    bool for_write;
+    uint64_t start, end;
+    int32_t fd;
+    uint64_t position;
+    uint32_t losses;
+    unsigned puts;
+};
+
+static struct answer ask(const struct world *world, bool for_write, uint64_t start, uint64_t end, int32_t fd,
+                         uint64_t position)
+{
+    return (struct answer){for_write, start, end, fd, position, xbd_extents_losses(world->extents), world->puts};
+}
+
+typedef bool visit(const struct world *world, const struct answer *answer, uint64_t start, uint64_t length,
+                   struct known_place *place);
+
+/* All places that the answer is about; whether each visit said true. */
+static bool each_place(const struct world *world, const struct answer *answer, visit *visit)
+{
+    struct model *model = &models[answer->for_write];
+    bool all = true;
+    for (unsigned window = 0; window < WINDOWS; window++)
+        for (unsigned i = 0; i < BLOCKS; i++) {
+            uint64_t start = base(world, window) + i * world->block;
+            if (answer->start <= start && start < answer->end)
+                all &= visit(world, answer, start, world->block, &model->blocks[window][i]);
+        }
+    for (unsigned i = 0; i < FAR; i++) {
+        uint64_t start = FAR_BASE + ((uint64_t)i << FAR_SHIFT);
+        if (answer->start <= start && start < answer->end)
+            all &= visit(world, answer, start, FAR_LENGTH, &model->far[i]);
+    }
+    return all;
+}
+
+static bool knows(const struct world *world, bool for_write, uint64_t start, uint64_t length)
+{
+    struct xbd_piece piece;
+    return xbd_extents_find(world->extents, for_write, start, length, &piece, 1);
+}
+
+/* False: it is known in part, since it lies in two chunks; after the addition it might be in two places. */
+static bool look_before(const struct world *world, const struct answer *answer, uint64_t start, uint64_t length,
+                        struct known_place *place)
+{
+    bool for_write = answer->for_write;
+    place->stays = knows(world, for_write, start, length);
+    return place->stays || !(knows(world, for_write, start, 1) || knows(world, for_write, start + length - 1, 1));
+}
+
+static bool is_as_before(const struct world *world, const struct answer *answer, uint64_t start, uint64_t length,
+                         struct known_place *place)
+{
+    return knows(world, answer->for_write, start, length) == place->stays;
+}
+
+static bool learn(const struct world *world, const struct answer *answer, uint64_t start, uint64_t length,
+                  struct known_place *place)
+{
+    (void)world;
+    (void)length;
+    bool newer = is_known(place) && place->put > answer->puts;
+    if (!place->stays && !newer)
+        *place = (struct known_place){epoch, answer->fd, answer->position + (start - answer->start), 0, false};
+    return true;
+}
+
+/* Whether it is known; then it is as the model says. */
+static bool is_known_now(const struct world *world, const struct answer *answer, uint64_t start, uint64_t length,
+                         struct known_place *place)
+{
+    struct xbd_piece piece;
+    if (!xbd_extents_find(world->extents, answer->for_write, start, length, &piece, 1))
+        return false;
+    CHECK(is_known(place) && place->fd == piece.fd);
+    CHECK(place->position == piece.position && piece.length == length);
+    return true;
+}
+
+static void add(const struct world *world, const struct answer *answer)
+{
+    if (!each_place(world, answer, look_before))
+        return;
+    uint32_t losses = xbd_extents_losses(world->extents);
+    bool done = xbd_extents_add(world->extents, answer->for_write, answer->start, answer->end, answer->fd,
+                                answer->position, answer->losses);
+    bool lost = losses != xbd_extents_losses(world->extents);
+    if (losses != answer->losses) {
+        CHECK(!done && !lost && each_place(world, answer, is_as_before));
+        return;
+    }
+    CHECK(done || lost);
+    each_place(world, answer, learn);
+    CHECK(each_place(world, answer, is_known_now) || lost);
+}
+
+static void add_range(struct world *world)
+{
+    struct range range = choose_range(world);
+    uint8_t how = byte(world->input);
+    uint64_t start = start_of(world, &range);
+    struct answer answer = ask(world, how & 1, start, start + range.number * world->block, how >> 1 & 15,
+                               choose_position(world, &range));
+    for (unsigned puts = how >> 5; puts; puts--)        /* of others, who know better */
+        put_range(world);
+    add(world, &answer);
+    look_around(world, &range);
+}
+
+static void add_over_far(struct world *world)
+{
+    uint8_t how = byte(world->input);
+    unsigned first = byte(world->input) % FAR;
+    unsigned last = first + byte(world->input) % (FAR - first);
+    uint64_t start = FAR_BASE + ((uint64_t)first << FAR_SHIFT);
+    uint64_t end = FAR_BASE + ((uint64_t)last << FAR_SHIFT) + FAR_LENGTH;
+    struct answer answer = ask(world, how & 1, start, end, how >> 1 & 15, start);
+    for (unsigned puts = how >> 5; puts; puts--)
+        put_far(world);
+    add(world, &answer);
+}
+
+/* From the first window on over most others and what is far, beyond what pages reach. */
+static void add_long(struct world *world)
+{
+    uint8_t how = byte(world->input);
+    uint64_t start = base(world, 0);
+    struct answer answer = ask(world, how & 1, start, base(world, 3) + BLOCKS * world->block, how >> 1 & 15, start);
+    if (world->long_ones++ >= MOST_LONG)
+        return;
+    for (unsigned puts = how >> 5; puts; puts--)
+        put_range(world);
+    add(world, &answer);
 }
 
 /* -- forgetting ---------------------------------------------------------------------------------------- */
@@ -369,7 +537,8 @@ static void turn(struct world *world)
 {
     static void (*const turns[])(struct world *) = {
         put_range, put_range, put_many, fill_table, put_far, put_over_far, put_nonsense, forget_range, forget_far,
-        forget_all, find_range, find_range, find_range, find_far, find_beyond,
+        forget_all, find_range, find_range, find_range, find_far, find_beyond, add_range, add_range, add_over_far,
+        add_long,
     };
     turns[byte(world->input) % (sizeof(turns) / sizeof(turns[0]))](world);
 }

@@ -101,6 +101,8 @@ bool bed_open(struct bed *bed, const struct bed_setup *setup)
     bed->budget = xbd_budget_new(bed->host, bed->setup.budget);
     bed->extents = xbd_extents_new();
     CHECK(bed->host && bed->budget && bed->extents);
+    bed->claims = xbd_claims_new(bed->extents);
+    CHECK(bed->claims);
     bed_connect(bed);
     return true;
 }
@@ -112,6 +114,7 @@ void bed_close(struct bed *bed)
     xbd_threads_stop(bed->threads);
     CHECK(xbd_budget_left(bed->budget) == bed->setup.budget && xbd_budget_left(bed->host) == PLENTY);
     CHECK(!atomic_load(&bed->gnttab.mapped));
+    xbd_claims_free(bed->claims);
     xbd_extents_free(bed->extents);
     xbd_budget_free(bed->budget);
     xbd_budget_free(bed->host);
@@ -151,6 +154,7 @@ void bed_connect(struct bed *bed)
     struct xbd_connection_config config = {
         .threads = bed->threads,
         .extents = bed->extents,
+        .claims = bed->claims,
         .budget = bed->budget,
         .domain = {.domid = 7, .mode = bed->setup.mode},
         .limits = bed->setup.limits,

@@ -50,6 +50,7 @@ struct bed {
     xbd_threads *threads;
     xbd_budget *host, *budget;
     xbd_extents *extents;
+    xbd_claims *claims;             /* nothing is lent, unless the test does that */
     xbd_connection *connection;
     struct xbd_event events[BED_EVENTS];        /* fetched, and not asked for by the test yet */
     unsigned nr_events;

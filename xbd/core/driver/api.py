@@ -219,7 +219,7 @@ class BlockDevice(abc.ABC):
 
         Nothing that is read changes by that, also if there is a crash at any time until the extents
         are written to, and after it.  They may begin and end anywhere.  What can't be placed
-        stays as it is: `writev` is called for that.
+        stays as it is: `writev` is called for that.  No extents: `Claims` run out of places.
         """
         raise NotImplementedError
 
@@ -232,19 +232,29 @@ class Claims(Protocol):
     """Lets the data path find places for first writes by itself, in tables that a driver lends it.
 
     For drivers whose tables have an entry of 64 bits, big-endian, for each unit of the disk, and 0
-    for those that lie nowhere and read as zeroes.  For a write to such a unit, the data path takes
-    one of the places supplied, writes its entry to the file, and then to the memory that is lent;
-    from then on `resolve` would know it, and reading and writing go there.  Entries reach the file
-    before the data, and are not made durable.
+    for those that lie nowhere.  For a write to such a unit, the data path takes one of the places
+    supplied, writes its entry to the file, and then to the memory that is lent; from then on
+    `resolve` would know it, and reading and writing go there.  Entries reach the file before the
+    data, and are not made durable.
+
+    Units that lie nowhere read as zeroes, or else as `resolve` says for reading: as what lies
+    `behind`.  Then the data path copies the rest of the unit, and makes entries when all of that
+    is durable.
 
     Methods may be called in any thread; those that lend wait until an entry that is being
     made is in the host's hands.
     """
 
-    def begin(self, fd: int, table_fd: int, unit: int, bits: int) -> None:
+    @property
+    def copies(self) -> bool:
+        """Whether units may have something `behind`."""
+
+    def begin(self, fd: int, table_fd: int, unit: int, bits: int, *, behind: bool = False) -> None:
         """Before everything else.  `fd`, `table_fd`: for data and for entries, open until `end`.
 
-        `unit`: bytes, a power of two.  `bits`: what an entry has beside its place.
+        `unit`: bytes, a power of two.  `bits`: what an entry has beside its place.  `behind`: units
+        that lie nowhere don't read as zeroes; only if it `copies`.  It syncs `fd`, whose failures
+        have to be seen by other descriptors of the file as well.
         """
 
     def lend(self, offset: int, entries: array[int], position: int) -> None:
@@ -266,6 +276,9 @@ class Claims(Protocol):
     @property
     def supplied(self) -> int:
         """How many places are left."""
+
+    def spoilt(self) -> list[int]:
+        """Places that were written to, but that no entry names.  Nobody uses them any more."""
 
     def end(self) -> list[int]:
         """Take everything back; the places that are left."""

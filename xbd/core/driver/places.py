@@ -35,6 +35,11 @@ class Places(Generic[WriteT]):
         self._waiting.append((Extent(offset=offset, length=length), write))
         return True
 
+    async def refill(self) -> None:
+        """The driver's `Claims` run out of places."""
+        with suppress(DriverError):  # writing says what is wrong
+            await self.access.place(())
+
     async def _seek(self) -> None:
         self._seeking = True
         try:

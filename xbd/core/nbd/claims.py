@@ -52,8 +52,13 @@ class TableClaims:
 
     # -- for the driver ---------------------------------------------------------------------
 
-    def begin(self, fd: int, table_fd: int, unit: int, bits: int) -> None:
+    copies: Final = False
+    """See `Claims.copies`."""
+
+    def begin(self, fd: int, table_fd: int, unit: int, bits: int, *, behind: bool = False) -> None:
         """See `Claims.begin`."""
+        if behind:
+            raise ValueError("nothing is copied here")
         self.end()
         self._fd, self._table_fd, self._unit, self._bits = fd, table_fd, unit, bits
 
@@ -81,6 +86,10 @@ class TableClaims:
     def supplied(self) -> int:
         """See `Claims.supplied`."""
         return len(self._places)
+
+    def spoilt(self) -> list[int]:
+        """See `Claims.spoilt`."""
+        return []
 
     def end(self) -> list[int]:
         """See `Claims.end`."""

@@ -29,11 +29,14 @@ class NativeClaims:
         self._lent: dict[int, Any] = {}
         """The memory of what is lent, by offset."""
 
-    def begin(self, fd: int, table_fd: int, unit: int, bits: int) -> None:
+    copies: Final = True
+    """See `Claims.copies`."""
+
+    def begin(self, fd: int, table_fd: int, unit: int, bits: int, *, behind: bool = False) -> None:
         """See `Claims.begin`."""
         if unit < 1 or unit & (unit - 1):
             raise ValueError(f"a unit of {unit} bytes is no power of two")
-        if not lib.xbd_claims_begin(self.handle, fd, table_fd, unit, bits):
+        if not lib.xbd_claims_begin(self.handle, fd, table_fd, unit, bits, behind):
             raise MemoryError
         self._unit = unit
         self._lent.clear()
@@ -59,6 +62,10 @@ class NativeClaims:
         taken: bool = lib.xbd_claims_take(self.handle, start, end - start)
         return taken
 
+    def whole_units(self, offset: int, length: int) -> tuple[int, int]:
+        """The units of a range: where the first begins and the last ends."""
+        return offset - offset % self._unit, offset + length + -(offset + length) % self._unit
+
     def supply(self, places: Sequence[int]) -> int:
         """See `Claims.supply`."""
         if not self._unit:
@@ -74,11 +81,19 @@ class NativeClaims:
 
     def end(self) -> list[int]:
         """See `Claims.end`."""
+        places = self._fetch(lib.xbd_claims_end)
+        self._lent.clear()
+        return places
+
+    def spoilt(self) -> list[int]:
+        """See `Claims.spoilt`."""
+        return self._fetch(lib.xbd_claims_spoilt)
+
+    def _fetch(self, function: Any) -> list[int]:
         places: list[int] = []
         some = ffi.new("uint64_t[]", _AT_A_TIME)
-        while count := lib.xbd_claims_end(self.handle, some, _AT_A_TIME):
+        while count := function(self.handle, some, _AT_A_TIME):
             places.extend(some[0:count])
-        self._lent.clear()
         return places
 
     @asynccontextmanager

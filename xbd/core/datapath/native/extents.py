@@ -9,9 +9,12 @@ from xbd.core.datapath.extents import Resolver
 from xbd.core.datapath.native import ffi, lib
 from xbd.core.datapath.native.claims import NativeClaims
 from xbd.core.driver import HostExtent
+from xbd.core.units import MIB
 
 _MAX_PIECES: Final = 64
 """Places in host files that one request may be spread over; as in the threads."""
+_REGION: Final = 4 * MIB
+"""Of the disk, in which drivers are asked from the beginning on before anything is copied."""
 _pieces: Final = ffi.new("struct xbd_piece[]", _MAX_PIECES) if ffi is not None else None
 """Where they are told, and nobody looks: how many they are is enough."""
 
@@ -47,6 +50,16 @@ class NativeExtents:
             at = reach
         return self._is_known(offset, length, for_write)
 
+    def can_copy(self, offset: int, length: int) -> bool:
+        """Whether the threads can write for the first time to this range, and copy the rest."""
+        if not lib.xbd_claims_can_copy(self.claims.handle, offset, length):
+            return False
+        start, stop = self.claims.whole_units(offset, length)
+        if not self._is_known(start, stop - start, False):
+            # Neighbours will be asked for; from here on, answers fit each other without gaps.
+            self._ask(start - start % _REGION, stop, False)
+        return self.learn(start, stop - start, for_write=False)
+
     def _is_known(self, offset: int, length: int, for_write: bool) -> bool:
         found: int = lib.xbd_extents_find(
             self.handle, for_write, offset, length, _pieces, _MAX_PIECES
@@ -55,11 +68,13 @@ class NativeExtents:
 
     def _ask(self, start: int, stop: int, for_write: bool) -> int:
         """Learn where the range's beginning lies; how far."""
+        losses = lib.xbd_extents_losses(self.handle)
         answer: Sequence[HostExtent] = self._resolve(start, stop - start, for_write=for_write) or ()
         for extent in answer:
             end = start + extent.length
-            if not lib.xbd_extents_put(
-                self.handle, for_write, start, end, extent.fd, extent.offset
+            # Threads that make entries may know better by now.
+            if not lib.xbd_extents_add(
+                self.handle, for_write, start, end, extent.fd, extent.offset, losses
             ):
                 return start
             if end % lib.xbd_extents_chunk(self.handle, for_write):

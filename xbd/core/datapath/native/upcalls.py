@@ -154,7 +154,7 @@ class Upcalls:
     def _request(self, event: Any, found: list[int]) -> None:
         write = event.operation != constants.READ
         resolvable = event.resolvable
-        if resolvable and self.extents.learn(event.offset, event.length, for_write=write):
+        if resolvable and self._learn(event.offset, event.length, write=write):
             found.append(event.request)
             return
         asked = _Asked(
@@ -169,6 +169,12 @@ class Upcalls:
         seeks = resolvable and write
         if not (seeks and self._places.seek(self.nursery, asked, asked.offset, asked.length)):
             self._begin(asked, resolvable=resolvable)
+
+    def _learn(self, offset: int, length: int, *, write: bool) -> bool:
+        """Whether the threads can do it after all."""
+        if self.extents.learn(offset, length, for_write=write):
+            return True
+        return write and self.extents.can_copy(offset, length)
 
     def _begin(self, asked: _Asked, *, resolvable: bool) -> None:
         """`resolvable`: a transfer that fits the driver's alignment."""
@@ -193,7 +199,7 @@ class Upcalls:
         """The driver has found places for these writes, or not."""
         found = []
         for one in asked:
-            if self.extents.learn(one.offset, one.length, for_write=True):
+            if self._learn(one.offset, one.length, write=True):
                 found.append((one.request, lib.XBD_TRY_AGAIN, _OKAY))
             else:
                 self._begin(one, resolvable=True)

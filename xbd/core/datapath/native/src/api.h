@@ -52,6 +52,12 @@ void xbd_extents_free(xbd_extents *extents);
 /* Keep: the disk's bytes from start to before end lie in the file from position on.  False: no room for it,
  * or out of memory; then it is simply not known. */
 bool xbd_extents_put(xbd_extents *extents, bool for_write, uint64_t start, uint64_t end, int fd, uint64_t position);
+/* As xbd_extents_put, for who asked the driver while others may have learnt something newer: what is known already
+ * stays.  False also if something was dropped since xbd_extents_losses had this value: it may have been newer. */
+bool xbd_extents_add(xbd_extents *extents, bool for_write, uint64_t start, uint64_t end, int fd, uint64_t position,
+                     uint32_t losses);
+/* Grows when something is dropped for want of room. */
+uint32_t xbd_extents_losses(const xbd_extents *extents);
 /* How many pieces, neighbours joined, the range lies in; 0 if not all of it is known, or if there are more. */
 unsigned xbd_extents_find(xbd_extents *extents, bool for_write, uint64_t offset, uint64_t length,
                           struct xbd_piece *pieces, unsigned most);
@@ -66,15 +72,17 @@ uint64_t xbd_extents_memory(const xbd_extents *extents);
 /* -- claims -------------------------------------------------------------------------------------------- */
 
 /* Parts of a driver's tables in which the I/O threads make entries by themselves, for writes to units of the disk
- * that lie nowhere and read as zeroes.  An entry has 64 bits, 0 for such a unit; in memory they are in the machine's
+ * that lie nowhere.  An entry has 64 bits, 0 for such a unit; in memory they are in the machine's
  * order, in the file big-endian.  The functions may be called by any thread at any time, and may wait until the page
  * cache has taken an entry, but for those that say they don't. */
 xbd_claims *xbd_claims_new(xbd_extents *extents);
 /* When no connection uses it any more. */
 void xbd_claims_free(xbd_claims *claims);
 /* Before anything is lent or supplied: the file, for data and for entries.  `unit`: bytes, a power of two.  An entry
- * is a place (an offset) | bits.  False: out of memory. */
-bool xbd_claims_begin(xbd_claims *claims, int fd, int table_fd, uint64_t unit, uint64_t bits);
+ * is a place (an offset) | bits.  `behind`: units that lie nowhere don't read as zeroes; the extents for reading say
+ * where that is, and what is around a first write is copied to the new place, and made durable by syncing `fd`,
+ * before the entry is made.  False: out of memory. */
+bool xbd_claims_begin(xbd_claims *claims, int fd, int table_fd, uint64_t unit, uint64_t bits, bool behind);
 /* Lends the entries of `count` units from this offset of the disk on, which lie at `position` in the file.  Until
  * they are taken back the memory stays, and only the I/O threads write to it. */
 void xbd_claims_lend(xbd_claims *claims, uint64_t offset, uint64_t *entries, uint64_t count, uint64_t position);
@@ -84,6 +92,10 @@ void xbd_claims_take_back(xbd_claims *claims, uint64_t offset);
  * in the memory lent and among the extents.  Whether all of the range may be known now; if not, the driver has to be
  * asked. */
 bool xbd_claims_take(xbd_claims *claims, uint64_t offset, uint64_t length);
+/* Whether first writes to the range could be made by copying, if the extents for reading are known. */
+bool xbd_claims_can_copy(xbd_claims *claims, uint64_t offset, uint64_t length);
+/* Fetches places that were written to, and that no entry names; how many.  After that, nobody uses them. */
+unsigned xbd_claims_spoilt(xbd_claims *claims, uint64_t *places, unsigned most);
 /* More places, each a unit of zeroes in the file that only waits for its first entry; how many there is room for. */
 unsigned xbd_claims_supply(xbd_claims *claims, const uint64_t *places, unsigned number);
 /* How many places are left. */
@@ -219,6 +231,7 @@ enum xbd_event_kind {
     XBD_NO_PAGES,           /* answered already: the guest's pages can't be reached; number: errno or GNTST */
     XBD_CORRUPT,            /* the ring is not served any more; number: how many requests the frontend claims */
     XBD_BROKEN,             /* the threads can't go on with this connection; number: errno */
+    XBD_FEW_PLACES,         /* claims will soon have no places any more */
     XBD_DRAINED,            /* number: the ticket, as of the next one */
     XBD_SETTLED,
     XBD_STOPPED

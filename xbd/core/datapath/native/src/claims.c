@@ -13,14 +13,14 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-#include "api_types.h"
+#include "claims.h"
 #include "extents.h"
 #include "stress.h"
 
 enum {
-    MOST_UNITS = 64,                /* that one request may need places for */
     MOST_LOANS = 128,               /* with 64 KiB clusters: all tables of 64 GiB */
     MOST_PLACES = 4096,
+    MOST_SPOILT = 1024,             /* that the driver has not fetched; more are lost to it */
 };
 
 /* A part of the driver's tables. */
@@ -38,14 +38,18 @@ struct xbd_claims {
     int fd, table_fd;
     unsigned shift;                 /* a unit has 1 << shift bytes */
     uint64_t bits;                  /* of an entry, beside its place */
+    atomic_bool behind;             /* units that lie nowhere don't read as zeroes */
     unsigned oldest;                /* the loan to give up when there are too many */
-    unsigned next_place, nr_places;
+    unsigned next_place, nr_places, nr_spoilt;
+    unsigned few;                   /* places; with less, the driver is asked for more, once */
+    atomic_bool low;                /* it has to be */
     struct room *room;              /* from xbd_claims_begin on */
 };
 
 struct room {
     struct loan loans[MOST_LOANS];
     uint64_t places[MOST_PLACES];   /* a ring */
+    uint64_t spoilt[MOST_SPOILT];
 };
 
 /* A unit that gets a place. */
@@ -132,18 +136,16 @@ static uint64_t next_place(xbd_claims *claims)
 {
     uint64_t place = claims->room->places[claims->next_place];
     claims->next_place = (claims->next_place + 1) % MOST_PLACES;
-    claims->nr_places--;
+    if (--claims->nr_places < claims->few) {
+        claims->few = 0;
+        atomic_store_explicit(&claims->low, true, memory_order_relaxed);
+    }
     return place;
 }
 
-static bool take(xbd_claims *claims, uint64_t offset, uint64_t end)
+/* Makes entries for them, which have their places. */
+static bool enter_all(xbd_claims *claims, const struct claim *chosen, unsigned number)
 {
-    struct claim chosen[MOST_UNITS];
-    unsigned number = 0;
-    if (atomic_load(&claims->pauses) || !choose(claims, offset, end, chosen, &number))
-        return false;
-    for (unsigned i = 0; i < number; i++)
-        chosen[i].place = next_place(claims);
     for (unsigned done = 0, run; done < number; done += run) {
         for (run = 1; done + run < number && chosen[done + run].loan == chosen[done].loan &&
                       chosen[done + run].unit == chosen[done].unit + run; run++)
@@ -158,9 +160,25 @@ static bool take(xbd_claims *claims, uint64_t offset, uint64_t end)
     return true;
 }
 
+static bool take(xbd_claims *claims, uint64_t offset, uint64_t end)
+{
+    struct claim chosen[MOST_UNITS];
+    unsigned number = 0;
+    if (atomic_load(&claims->pauses) || !choose(claims, offset, end, chosen, &number))
+        return false;
+    for (unsigned i = 0; i < number; i++)
+        chosen[i].place = next_place(claims);
+    return enter_all(claims, chosen, number);
+}
+
+static bool anything_lent(const xbd_claims *claims)
+{
+    return claims && atomic_load_explicit(&claims->nr_loans, memory_order_relaxed);
+}
+
 bool xbd_claims_take(xbd_claims *claims, uint64_t offset, uint64_t length)
 {
-    if (!claims || !atomic_load_explicit(&claims->nr_loans, memory_order_relaxed))
+    if (!anything_lent(claims) || atomic_load_explicit(&claims->behind, memory_order_relaxed))
         return false;
     if (!length || length > UINT64_MAX - offset)
         return false;
@@ -168,6 +186,96 @@ bool xbd_claims_take(xbd_claims *claims, uint64_t offset, uint64_t length)
     bool taken = take(claims, offset, offset + length);
     pthread_mutex_unlock(&claims->lock);
     return taken;
+}
+
+bool claims_run_low(xbd_claims *claims)
+{
+    return claims && atomic_load_explicit(&claims->low, memory_order_relaxed) && atomic_exchange(&claims->low, false);
+}
+
+/* -- copying, in an I/O thread ------------------------------------------------------------------------- */
+
+bool claims_copy(const xbd_claims *claims)
+{
+    return anything_lent(claims) && atomic_load_explicit(&claims->behind, memory_order_relaxed);
+}
+
+/* All units of the range; false: some can't be claimed, or must not be now. */
+static bool choose_all(xbd_claims *claims, uint64_t first, uint64_t number, struct claim *chosen)
+{
+    if (atomic_load(&claims->pauses))
+        return false;
+    for (unsigned i = 0; i < number; i++) {
+        chosen[i] = (struct claim){.loan = loan_of(claims, first + i), .unit = first + i};
+        if (!chosen[i].loan || atomic_load_explicit(entry_of(&chosen[i]), memory_order_relaxed))
+            return false;
+    }
+    return true;
+}
+
+static void put_place(xbd_claims *claims, uint64_t place)
+{
+    claims->room->places[(claims->next_place + claims->nr_places++) % MOST_PLACES] = place;
+}
+
+static bool reserve(xbd_claims *claims, uint64_t offset, uint64_t end, struct claimed *claimed)
+{
+    struct claim chosen[MOST_UNITS];
+    uint64_t first = offset >> claims->shift;
+    uint64_t number = ((end - 1) >> claims->shift) - first + 1;
+    if (number > MOST_UNITS || number > claims->nr_places || !choose_all(claims, first, number, chosen))
+        return false;
+    claimed->first = first;
+    claimed->number = (unsigned)number;
+    claimed->shift = claims->shift;
+    claimed->fd = claims->fd;
+    for (unsigned i = 0; i < number; i++)
+        claimed->places[i] = next_place(claims);
+    return true;
+}
+
+bool claims_reserve(xbd_claims *claims, uint64_t offset, uint64_t end, struct claimed *claimed)
+{
+    pthread_mutex_lock(&claims->lock);
+    bool reserved = reserve(claims, offset, end, claimed);
+    pthread_mutex_unlock(&claims->lock);
+    return reserved;
+}
+
+void claims_return(xbd_claims *claims, const struct claimed *claimed)
+{
+    pthread_mutex_lock(&claims->lock);
+    for (unsigned i = 0; i < claimed->number && claims->nr_places < MOST_PLACES; i++)
+        put_place(claims, claimed->places[i]);
+    pthread_mutex_unlock(&claims->lock);
+}
+
+static void spoil(xbd_claims *claims, const struct claimed *claimed)
+{
+    for (unsigned i = 0; i < claimed->number && claims->nr_spoilt < MOST_SPOILT; i++)
+        claims->room->spoilt[claims->nr_spoilt++] = claimed->places[i];
+}
+
+void claims_spoil(xbd_claims *claims, const struct claimed *claimed)
+{
+    pthread_mutex_lock(&claims->lock);
+    spoil(claims, claimed);
+    pthread_mutex_unlock(&claims->lock);
+}
+
+bool claims_enter(xbd_claims *claims, const struct claimed *claimed)
+{
+    struct claim chosen[MOST_UNITS];
+    STRESS_POINT(CLAIM_COPIED);
+    pthread_mutex_lock(&claims->lock);
+    bool possible = choose_all(claims, claimed->first, claimed->number, chosen);
+    for (unsigned i = 0; i < claimed->number; i++)
+        chosen[i].place = claimed->places[i];
+    if (!possible)
+        spoil(claims, claimed);
+    bool entered = possible && enter_all(claims, chosen, claimed->number);
+    pthread_mutex_unlock(&claims->lock);
+    return entered;
 }
 
 /* -- for Python ---------------------------------------------------------------------------------------- */
@@ -196,14 +304,15 @@ static void take_all_back(xbd_claims *claims)
     claims->nr_loans = 0;
 }
 
-bool xbd_claims_begin(xbd_claims *claims, int fd, int table_fd, uint64_t unit, uint64_t bits)
+bool xbd_claims_begin(xbd_claims *claims, int fd, int table_fd, uint64_t unit, uint64_t bits, bool behind)
 {
     pthread_mutex_lock(&claims->lock);
     if (!claims->room)
         claims->room = malloc(sizeof(*claims->room));
     bool possible = claims->room;
     take_all_back(claims);
-    claims->nr_places = 0;
+    claims->nr_places = claims->nr_spoilt = 0;
+    atomic_store(&claims->behind, behind);
     claims->fd = fd;
     claims->table_fd = table_fd;
     claims->shift = (unsigned)__builtin_ctzll(unit);
@@ -241,7 +350,8 @@ unsigned xbd_claims_supply(xbd_claims *claims, const uint64_t *places, unsigned 
     if (number > MOST_PLACES - claims->nr_places)
         number = MOST_PLACES - claims->nr_places;
     for (unsigned i = 0; i < number; i++)
-        claims->room->places[(claims->next_place + claims->nr_places++) % MOST_PLACES] = places[i];
+        put_place(claims, places[i]);
+    claims->few = claims->nr_places / 2;
     pthread_mutex_unlock(&claims->lock);
     return number;
 }
@@ -263,6 +373,29 @@ unsigned xbd_claims_end(xbd_claims *claims, uint64_t *places, unsigned most)
         places[number++] = next_place(claims);
     pthread_mutex_unlock(&claims->lock);
     return number;
+}
+
+unsigned xbd_claims_spoilt(xbd_claims *claims, uint64_t *places, unsigned most)
+{
+    unsigned number = 0;
+    pthread_mutex_lock(&claims->lock);
+    while (claims->nr_spoilt && number < most)
+        places[number++] = claims->room->spoilt[--claims->nr_spoilt];
+    pthread_mutex_unlock(&claims->lock);
+    return number;
+}
+
+bool xbd_claims_can_copy(xbd_claims *claims, uint64_t offset, uint64_t length)
+{
+    struct claim chosen[MOST_UNITS];
+    if (!claims_copy(claims) || !length || length > UINT64_MAX - offset)
+        return false;
+    pthread_mutex_lock(&claims->lock);
+    uint64_t first = offset >> claims->shift;
+    uint64_t number = ((offset + length - 1) >> claims->shift) - first + 1;
+    bool possible = number <= MOST_UNITS && number <= claims->nr_places && choose_all(claims, first, number, chosen);
+    pthread_mutex_unlock(&claims->lock);
+    return possible;
 }
 
 bool xbd_claims_pause(xbd_claims *claims)

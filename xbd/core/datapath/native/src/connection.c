@@ -222,6 +222,16 @@ static struct command *command(struct ring *ring, enum command_kind kind)
     return made;
 }
 
+void connection_tell_few(struct xbd_connection *connection)
+{
+    struct ticket *ticket = calloc(1, sizeof(*ticket));
+    if (!ticket)
+        return;                         /* it will be asked for places when there are none */
+    ticket->connection = connection;
+    ticket->event.kind = XBD_FEW_PLACES;
+    connection_tell(ticket);
+}
+
 /* What is asked of a connection that is being stopped has come true when XBD_STOPPED is told. */
 static void tell_when_gone(xbd_connection *connection, struct ticket *ticket)
 {

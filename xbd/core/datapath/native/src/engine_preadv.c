@@ -100,15 +100,18 @@ static void start_operation(struct io_thread *thread, struct operation *operatio
 
 static void move(struct operation *operation)
 {
-    bool write = operation->work->transfer.request.operation != OP_READ;
+    int nr_iov = (int)operation->nr_iov;
+    off_t position = (off_t)operation->position;
     ssize_t result;
     do {
-        int nr_iov = (int)operation->nr_iov;
-        off_t position = (off_t)operation->position;
-        result = write ? pwritev(operation->fd, operation->iov, nr_iov, position)
-                       : preadv(operation->fd, operation->iov, nr_iov, position);
+        if (operation->kind == SYNC)
+            result = fdatasync(operation->fd);
+        else if (operation->kind == WRITE)
+            result = pwritev(operation->fd, operation->iov, nr_iov, position);
+        else
+            result = preadv(operation->fd, operation->iov, nr_iov, position);
     } while (result < 0 && errno == EINTR);
-    work_moved(operation, result < 0 ? -errno : result);
+    operation->ended(operation, result < 0 ? -errno : result);
 }
 
 static void move_started(struct io_thread *thread)

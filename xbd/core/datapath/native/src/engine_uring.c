@@ -154,12 +154,17 @@ static void release(struct io_thread *thread, struct ring *ring)
 
 static void fill(struct engine *engine, struct io_uring_sqe *sqe, struct operation *operation)
 {
-    bool write = operation->work->transfer.request.operation != OP_READ;
+    bool write = operation->kind == WRITE;
     sqe->fd = operation->fd;
-    if (is_registered(engine, operation->work->ring, operation->fd))
+    if (is_registered(engine, operation->ring, operation->fd))
         sqe->flags = IOSQE_FIXED_FILE;
-    sqe->off = operation->position;
     sqe->user_data = (uint64_t)(uintptr_t)operation;
+    if (operation->kind == SYNC) {
+        sqe->opcode = IORING_OP_FSYNC;
+        sqe->fsync_flags = IORING_FSYNC_DATASYNC;
+        return;
+    }
+    sqe->off = operation->position;
     if (operation->nr_iov == 1) {
         sqe->opcode = write ? IORING_OP_WRITE : IORING_OP_READ;
         sqe->addr = (uint64_t)(uintptr_t)operation->iov->iov_base;
@@ -206,7 +211,7 @@ static void dispatch(struct io_thread *thread, uint64_t user_data, int32_t resul
     switch ((enum tag)(user_data & TAGS)) {
     case OPERATION:
         thread->in_flight--;
-        work_moved(object, result);
+        ((struct operation *)object)->ended(object, result);
         break;
     case RING:
         if (more)

@@ -60,6 +60,7 @@ struct known {
     struct page **spare;
     unsigned nr_spare;
     bool dropped;                           /* something was that nobody asked to forget */
+    _Atomic uint32_t losses;                /* how often something was dropped for want of room */
     unsigned most_entries;                  /* that there ever were; with `touched` for xbd_extents_memory */
     bool *touched;                          /* by each 4 KiB of top */
 };
@@ -239,6 +240,12 @@ static void set_entry(struct known *known, unsigned at, uint64_t start, uint64_t
     SET(entry->position, position);
 }
 
+static void count_loss(struct known *known)
+{
+    known->dropped = true;
+    SET(known->losses, GET(known->losses) + 1);
+}
+
 /* Takes the range out of the table; what reaches beyond it stays.  Whether anything was there. */
 static bool cut_table(struct known *known, uint64_t start, uint64_t end)
 {
@@ -259,7 +266,8 @@ static bool cut_table(struct known *known, uint64_t start, uint64_t end)
             break;
         }
         if (entry_start < start) {              /* with a full table its end is forgotten as well */
-            known->dropped |= entry_end > end;
+            if (entry_end > end)
+                count_loss(known);
             SET(entry->end, start);
             at++;
         } else if (entry_end > end) {
@@ -358,7 +366,7 @@ static void drop_pages(struct known *known, unsigned count)
     }
     known->nr_used -= count;
     memmove(known->used, known->used + count, known->nr_used * sizeof(*known->used));
-    known->dropped = true;
+    count_loss(known);
 }
 
 static struct page *page_at(struct known *known, uint64_t number)
@@ -412,7 +420,7 @@ static void make_table_room(struct known *known, uint64_t start)
     unsigned small = 0;
     for (unsigned i = 0; i < MOST_EXTENTS; i++)
         small += GET(known->table[i].end) - GET(known->table[i].start) < (uint64_t)1 << shift;
-    known->dropped = true;
+    count_loss(known);
     if (shift > FINE_CHUNK_SHIFT && small > MOST_EXTENTS / 2) {
         drop_pages(known, known->nr_used);
         SET(known->shift, FINE_CHUNK_SHIFT);
@@ -469,10 +477,15 @@ static void put(struct known *known, uint64_t start, uint64_t end, int fd, uint6
         insert(known, tail, end, fd, position + (tail - start));
 }
 
+static bool is_possible(uint64_t start, uint64_t end, int fd, uint64_t position)
+{
+    return start < end && fd >= 0 && position <= INT64_MAX && end - start <= INT64_MAX - position;
+}
+
 bool xbd_extents_put(xbd_extents *extents, bool for_write, uint64_t start, uint64_t end, int fd, uint64_t position)
 {
     struct known *known = &extents->known[for_write];
-    if (start >= end || fd < 0 || position > INT64_MAX || end - start > INT64_MAX - position)
+    if (!is_possible(start, end, fd, position))
         return false;
     pthread_mutex_lock(&extents->lock);
     begin_change(known);
@@ -482,6 +495,59 @@ bool xbd_extents_put(xbd_extents *extents, bool for_write, uint64_t start, uint6
     end_change(known);
     pthread_mutex_unlock(&extents->lock);
     return true;
+}
+
+/* The first chunk from this one on, and before the last, of which something is known. */
+static uint64_t next_chunk(const struct known *known, uint64_t chunk, uint64_t last)
+{
+    while (known->nr_used && chunk < last && !word_of(known, chunk)) {
+        bool page = chunk >> PAGE_SHIFT < MOST_TOP && GET(known->top[chunk >> PAGE_SHIFT]);
+        chunk = page ? chunk + 1 : ((chunk >> PAGE_SHIFT) + 1) << PAGE_SHIFT;
+    }
+    return known->nr_used && chunk < last ? chunk : last;
+}
+
+/* Where something is known again, behind an offset of which nothing is. */
+static uint64_t end_of_gap(const struct known *known, uint64_t offset, uint64_t end)
+{
+    unsigned shift = GET(known->shift);
+    unsigned at = first_behind(known, offset);
+    if (at < GET(known->nr_entries) && GET(known->table[at].start) < end)
+        end = GET(known->table[at].start);
+    uint64_t last = ((end - 1) >> shift) + 1;
+    if (last > (uint64_t)MOST_TOP << PAGE_SHIFT)
+        last = (uint64_t)MOST_TOP << PAGE_SHIFT;    /* there are no pages behind */
+    uint64_t chunk = next_chunk(known, (offset >> shift) + 1, last);
+    return chunk < last ? chunk << shift : end;
+}
+
+bool xbd_extents_add(xbd_extents *extents, bool for_write, uint64_t start, uint64_t end, int fd, uint64_t position,
+                     uint32_t losses)
+{
+    struct known *known = &extents->known[for_write];
+    if (!is_possible(start, end, fd, position))
+        return false;
+    pthread_mutex_lock(&extents->lock);
+    bool lost = xbd_extents_losses(extents) != losses;
+    begin_change(known);
+    for (uint64_t at = start, stop; at < end && !lost; at = stop) {
+        struct place place;
+        if (look_up(known, at, &place)) {
+            stop = place.end;
+            continue;
+        }
+        stop = end_of_gap(known, at, end);
+        put(known, at, stop, fd, position + (at - start));
+        lost = xbd_extents_losses(extents) != losses;   /* what was known behind it may be gone */
+    }
+    end_change(known);
+    pthread_mutex_unlock(&extents->lock);
+    return !lost;
+}
+
+uint32_t xbd_extents_losses(const xbd_extents *extents)
+{
+    return GET(extents->known[0].losses) + GET(extents->known[1].losses);
 }
 
 uint64_t xbd_extents_chunk(const xbd_extents *extents, bool for_write)

@@ -437,6 +437,7 @@ static void *run(void *argument)
     if (opened)
         thread->engine->close(thread);
     free_pool(thread);
+    copy_free_memory(thread);
     return NULL;
 }
 

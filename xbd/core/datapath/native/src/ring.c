@@ -13,6 +13,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "claims.h"
 #include "server.h"
 #include "stress.h"
 
@@ -265,7 +266,7 @@ bool ring_beckons(const struct ring *ring)
 
 /* -- setting off --------------------------------------------------------------------------------------- */
 
-static void finish(struct work *work, int status)
+void work_finish(struct work *work, int status)
 {
     struct ring *ring = work->ring;
     if (status != RSP_OKAY)
@@ -288,7 +289,7 @@ static void refuse(struct work *work, enum xbd_event_kind why, int error)
     if (is_barrier(&work->transfer.request))
         work->ring->barrier = false;
     work->transfer.request.kind = REJECTED;
-    finish(work, RSP_ERROR);
+    work_finish(work, RSP_ERROR);
 }
 
 static void expand_indirect(struct ring *ring, struct work *work)
@@ -330,28 +331,53 @@ static bool fits(const struct work *work)
     return true;
 }
 
+static void work_moved(struct operation *operation, int64_t result);
+
 static void start(struct work *work, struct operation *operations, unsigned number)
 {
     struct ring *ring = work->ring;
+    bool write = work->transfer.request.operation != OP_READ;
     work->state = MOVING;
     work->moved = true;
     work->operations = number;
     work->number = ring->thread->next_number++;
     ring->moving++;
-    for (unsigned i = 0; i < number; i++)
+    for (unsigned i = 0; i < number; i++) {
+        operations[i].ring = ring;
+        operations[i].kind = write ? WRITE : READ;
+        operations[i].owner = work;
+        operations[i].ended = work_moved;
         ring->thread->engine->start(ring->thread, &operations[i]);
+    }
 }
 
 static void start_whole(struct work *work, const struct xbd_piece *piece)
 {
     struct operation *operation = &work->operation;
-    operation->work = work;
     operation->iov = work->transfer.iov;
     operation->nr_iov = work->transfer.nr_iov;
     operation->fd = piece->fd;
     operation->position = piece->position;
     operation->length = piece->length;
     start(work, operation, 1);
+}
+
+unsigned cut_memory(struct iovec *to, const struct iovec **from, size_t *used, uint64_t length)
+{
+    unsigned number = 0;
+    while (length) {
+        size_t part = (*from)->iov_len - *used;
+        if (part > length)
+            part = (size_t)length;
+        to[number++] = (struct iovec){.iov_base = (char *)(*from)->iov_base + *used, .iov_len = part};
+        length -= part;
+        *used += part;
+        if (*used == (*from)->iov_len) {
+            (*from)++;
+            *used = 0;
+        }
+    }
+    return number;
 }
 
 /* A transfer in several places: its memory is cut where they end.  False: out of memory. */
@@ -367,20 +393,9 @@ static bool start_split(struct work *work, const struct xbd_piece *pieces, unsig
     for (unsigned i = 0; i < number; i++) {
         struct operation *operation = &operations[i];
         *operation = (struct operation){
-            .work = work, .iov = to, .fd = pieces[i].fd, .position = pieces[i].position, .length = pieces[i].length};
-        for (uint64_t left = pieces[i].length; left;) {
-            size_t part = from->iov_len - used;
-            if (part > left)
-                part = (size_t)left;
-            *to++ = (struct iovec){.iov_base = (char *)from->iov_base + used, .iov_len = part};
-            left -= part;
-            used += part;
-            if (used == from->iov_len) {
-                from++;
-                used = 0;
-            }
-        }
-        operation->nr_iov = (unsigned)(to - operation->iov);
+            .iov = to, .fd = pieces[i].fd, .position = pieces[i].position, .length = pieces[i].length};
+        operation->nr_iov = cut_memory(to, &from, &used, pieces[i].length);
+        to += operation->nr_iov;
     }
     work->pieces = operations;
     start(work, operations, number);
@@ -393,10 +408,25 @@ static unsigned look_up(struct ring *ring, bool write, const struct request *req
                      pieces, MAX_PIECES);
 }
 
+/* A first write.  True: it is on its way, or waits. */
+static bool claim(struct work *work, struct xbd_piece *pieces, unsigned *number)
+{
+    struct ring *ring = work->ring;
+    const struct request *request = &work->transfer.request;
+    xbd_claims *claims = ring->connection->config.claims;
+    bool begun = false;
+    if (xbd_claims_take(claims, request->offset, request->length))
+        *number = look_up(ring, true, request, pieces);
+    else
+        begun = copy_begin(work);
+    if (claims_run_low(claims))
+        connection_tell_few(ring->connection);
+    return begun;
+}
+
 /* A transfer that has its pages, and the data if it is a write. */
 static void set_off(struct work *work, struct queue *up)
 {
-    const struct xbd_connection_config *config = &work->ring->connection->config;
     const struct request *request = &work->transfer.request;
     bool write = request->operation == OP_WRITE;
     struct hint *hint = &work->ring->hints[write];
@@ -410,8 +440,8 @@ static void set_off(struct work *work, struct queue *up)
         number = look_up(work->ring, write, request, pieces);
         if (hint->changing)
             work->asked = false;        /* nothing was learnt from looking: it is worth asking again */
-        else if (!number && write && xbd_claims_take(config->claims, request->offset, request->length))
-            number = look_up(work->ring, write, request, pieces);
+        else if (!number && write && claim(work, pieces, &number))
+            return;
     }
     if (number == 1)
         start_whole(work, pieces);
@@ -441,7 +471,7 @@ static unsigned gather(struct ring *ring, struct work **batch, struct queue *up)
         queue_pop(&ring->backlog);
         ring->under_way++;
         if (request->kind == REJECTED) {
-            finish(work, request->status);
+            work_finish(work, request->status);
         } else if (request->kind == TRANSFER) {
             batch[number++] = work;
             segments += request->nr_segments;
@@ -501,7 +531,7 @@ static void advance(struct ring *ring)
         if (batch[i]->transfer.status == RSP_OKAY)
             set_off(batch[i], &up);
         else
-            finish(batch[i], batch[i]->transfer.status);
+            work_finish(batch[i], batch[i]->transfer.status);
     }
     if (up.first)
         connection_ask(ring->connection, &up);
@@ -626,9 +656,9 @@ static void look_for_settled(struct ring *ring)
     }
 }
 
-void work_moved(struct operation *operation, int64_t result)
+static void work_moved(struct operation *operation, int64_t result)
 {
-    struct work *work = operation->work;
+    struct work *work = operation->owner;
     struct ring *ring = work->ring;
     if (result < 0 || (uint64_t)result != operation->length)
         work->moved = false;
@@ -639,19 +669,40 @@ void work_moved(struct operation *operation, int64_t result)
     work->pieces = NULL;
     ring->moving--;
     if (work->moved || ring->stopping) {
-        finish(work, RSP_OKAY);
+        work_finish(work, RSP_OKAY);
     } else {
-        /* The driver's method tries again, and says what is wrong. */
-        struct queue up;
-        queue_init(&up);
-        work->asked = true;
-        ask(work, &up);
-        connection_ask(ring->connection, &up);
+        work_ask(work);
     }
+    ring_moved(ring);
+}
+
+void work_ask(struct work *work)
+{
+    struct queue up;
+    queue_init(&up);
+    work->asked = true;
+    ask(work, &up);
+    connection_ask(work->ring->connection, &up);
+}
+
+void ring_moved(struct ring *ring)
+{
     if (ring->settling)
         look_for_settled(ring);
     if (ring->stopping)
         try_stop(ring);
+}
+
+void ring_go_on(struct ring *ring, struct queue *works)
+{
+    struct queue up;
+    if (ring->stopping || ring->held)
+        return;                         /* nothing is set off any more */
+    queue_init(&up);
+    for (struct work *work; (work = queue_pop(works));)
+        set_off(work, &up);
+    if (up.first)
+        connection_ask(ring->connection, &up);
 }
 
 void ring_verdict(struct work *work)
@@ -661,7 +712,7 @@ void ring_verdict(struct work *work)
         return;
     if (work->verdict == XBD_ANSWER) {
         count(ring, UPCALLS, 1);
-        finish(work, work->transfer.status);
+        work_finish(work, work->transfer.status);
         return;
     }
     if (ring->held)

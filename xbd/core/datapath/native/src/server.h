@@ -33,9 +33,15 @@ struct work;
 
 /* -- a request under way ------------------------------------------------------------------------------- */
 
-/* One read or write of a host file, while the kernel has it. */
+enum operation_kind { READ, WRITE, SYNC };
+
+/* One read or write of a host file, or making all of it durable, while the kernel has it. */
 struct operation {
-    struct work *work;
+    struct ring *ring;
+    enum operation_kind kind;
+    void *owner;                    /* of `ended` */
+    /* The result of the system call (negative: an errno). */
+    void (*ended)(struct operation *operation, int64_t result);
     struct iovec *iov;
     unsigned nr_iov;
     int fd;
@@ -167,6 +173,9 @@ struct ring {
     uint64_t rest_until_ns;
     unsigned under_way;             /* works that were set off and not answered */
     unsigned moving;                /* works that the kernel has */
+    struct copy *copies;            /* first writes under way */
+    struct operation sync;          /* for them */
+    bool syncing;
     int files[RING_FILES];          /* registered with the engine */
     unsigned nr_files;
     bool no_files;                  /* they can't be */
@@ -215,6 +224,7 @@ void connection_ask(struct xbd_connection *connection, struct queue *works);
 void connection_note(struct ring *ring, enum xbd_event_kind kind, uint64_t number, const uint8_t *entry);
 /* Frees the ticket with the event, unless it is a ring's own. */
 void connection_tell(struct ticket *ticket);
+void connection_tell_few(struct xbd_connection *connection);
 /* Python shall not see any more of what it has not fetched of this ring. */
 void connection_forget(struct ring *ring);
 
@@ -229,7 +239,7 @@ struct engine_calls {
     bool (*watch)(struct io_thread *thread, struct ring *ring);
     /* No more; false: not yet, ring_unwatched is called when it is so. */
     bool (*unwatch)(struct io_thread *thread, struct ring *ring);
-    /* Move it; work_moved is called from `turn`. */
+    /* Carry it out; its `ended` is called from `turn`. */
     void (*start)(struct io_thread *thread, struct operation *operation);
     /* Sets off what was started, and says what has ended and who woke.  Sleeps until something is there, at
      * most timeout_ns (0: not at all).  0 or an errno. */
@@ -266,6 +276,8 @@ struct io_thread {
     struct ring *warm;              /* served since the last sleep: looked at while spinning */
     unsigned nr_warm;
     struct work *pool;              /* of unused works */
+    struct copy_memory *memory;     /* unused, for copies */
+    unsigned nr_memory, memory_in_use;
     unsigned started;               /* operations since the last turn */
     unsigned in_flight;             /* operations */
     unsigned batches;               /* handed to the engine; wraps around */
@@ -317,5 +329,20 @@ bool ring_beckons(const struct ring *ring);
 void ring_broken(struct ring *ring, int error);
 /* Its rest is over; false: not yet, its channel is still being unwatched. */
 bool ring_rested(struct ring *ring);
-/* An operation has ended with this result of the system call (negative: an errno). */
-void work_moved(struct operation *operation, int64_t result);
+/* Sets off what was held back by something that is over now. */
+void ring_go_on(struct ring *ring, struct queue *works);
+/* What has ended may be waited for. */
+void ring_moved(struct ring *ring);
+/* Answers with this status. */
+void work_finish(struct work *work, int status);
+/* The driver's method tries again, and says what is wrong. */
+void work_ask(struct work *work);
+/* Cuts the first `length` bytes off memory, of which `used` bytes of the first part are gone; how many parts. */
+unsigned cut_memory(struct iovec *to, const struct iovec **from, size_t *used, uint64_t length);
+
+/* -- first writes that copy what is around them; copy.c ------------------------------------------------ */
+
+/* Whether the write is on its way, or waits for one that is. */
+bool copy_begin(struct work *work);
+/* When the thread ends. */
+void copy_free_memory(struct io_thread *thread);

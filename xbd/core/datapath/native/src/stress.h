@@ -48,6 +48,8 @@ enum stress_place {
     BUDGET_GIVE,
     CLAIM_WRITE,                    /* before entries are written to the file */
     CLAIM_ENTER,                    /* before they are seen in memory */
+    COPY_SYNC,                      /* before what was copied is made durable */
+    CLAIM_COPIED,                   /* before entries are made for what was copied */
     CLAIM_PAUSE,                    /* before one looks whether entries are being made */
     STRESS_PLACES                   /* how many; a test's own places come after them */
 };
