@@ -175,6 +175,9 @@ class Threads:
 
 @asynccontextmanager
 async def served(path: Path) -> AsyncIterator[tuple[BlockDevice, Threads]]:
+    """The image is in the page cache."""
+    await trio.Path(path).read_bytes()
+
     async def invalidate(offset: int, length: int) -> None:
         pytest.fail("nothing moves")
 
@@ -198,7 +201,6 @@ async def read_by(device: BlockDevice, offset: int, *, alone: bool) -> ReadReque
 async def test_who_is_alone_needs_no_thread_for_a_compressed_cluster(
     packed: Path, content: bytes
 ) -> None:
-    packed.read_bytes()  # into the page cache
     async with served(packed) as (device, threads):
         check([await read_by(device, 4096, alone=True)], content)
         assert threads.calls == 0
@@ -210,7 +212,6 @@ async def test_one_image_at_a_time_does_without_threads(
     packed: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device_module, "_OWNED_SECONDS", 1000)
-    packed.read_bytes()
     async with served(packed) as (device, threads), served(packed) as (other, others):
         check([await read_by(device, 0, alone=True)], content)
         check([await read_by(other, 0, alone=True)], content)
@@ -227,7 +228,6 @@ async def test_what_takes_long_gets_a_thread_even_alone(tmp_path: Path, content:
         "qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=2M",
         tmp_path / "raw", tmp_path / "image",
     )  # fmt: skip
-    (tmp_path / "image").read_bytes()
     async with served(tmp_path / "image") as (device, threads):
         check([await read_by(device, 2 * MIB, alone=True)], content)
         assert threads.calls == 1

@@ -264,6 +264,18 @@ class RawBacking:
             return None
         return HostExtent(fd=self._host.fd, offset=offset, length=rest)
 
+    def resolve_all(self, offset: int, length: int) -> list[HostExtent]:
+        """As `resolve`, which tells all."""
+        extent = self.resolve(offset, length)
+        return [] if extent is None else [extent]
+
+    def in_memory(self, offset: int, length: int) -> bool:
+        """There is nothing to know."""
+        return True
+
+    def load(self, offset: int, length: int) -> None:
+        """There is nothing to load."""
+
     def close(self) -> None:
         """Idempotent."""
         self._host.close()

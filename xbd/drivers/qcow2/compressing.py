@@ -165,7 +165,7 @@ class CompressedWriter:
         words = {width * place: entry}
         if tables.extended:
             words[2 * place + 1] = 0
-        moved.append((one.cluster << tables.bits, tables.cluster_size))
+        image.note_move(one.cluster, moved)
         one.kept = True
         try:
             tables.change(index, words)

@@ -37,7 +37,7 @@ from xbd.drivers.qcow2 import snapshots
 from xbd.drivers.qcow2.batches import Batches
 from xbd.drivers.qcow2.compressing import CompressedWriter
 from xbd.drivers.qcow2.host import PAGE
-from xbd.drivers.qcow2.image import Image
+from xbd.drivers.qcow2.image import Image, Moved
 from xbd.drivers.qcow2.layout import SECTOR
 from xbd.drivers.qcow2.opening import Wishes, open_image
 from xbd.drivers.qcow2.options import Qcow2Options
@@ -149,6 +149,7 @@ class Qcow2Device(BlockDevice):
         compress: bool,
     ) -> None:
         self.image = image
+        self._moved = image.moved = Moved()
         self._context = context
         self._run = context.run_blocking
         self._writer = Writer(image)
@@ -265,10 +266,20 @@ class Qcow2Device(BlockDevice):
             self.image.read(reads)
         token = self.image.enter()
         try:
-            return Served(self._write(writes) if writes else [], partial(self.image.leave, token))
+            moved = self._write(writes) if writes else []
         except BaseException:
             self.image.leave(token)
             raise
+        return Served(moved, partial(self._end, token, moved, self._moved.stamp))
+
+    def _end(self, token: object, moved: Sequence[tuple[int, int]], stamp: int) -> None:
+        self.image.leave(token)
+        for offset, length in moved:
+            self._settled(offset, offset + length, stamp)
+
+    def _settled(self, start: int, end: int, stamp: int) -> None:
+        cluster = self.image.header.cluster_size
+        self._moved.settled(start // cluster, -(-end // cluster), stamp)
 
     async def _stop_if_broken(self) -> None:
         """An image found to be corrupt is not written to: take back what was resolved for that."""
@@ -300,17 +311,29 @@ class Qcow2Device(BlockDevice):
                 try:
                     await self._run(change, offset, length)
                 finally:
-                    await self._context.invalidate(offset, length)
+                    await self._invalidate_clusters(offset, offset + length)
                     await self._stop_if_broken()
         finally:
             self.image.leave(token)
 
+    async def _invalidate_clusters(self, start: int, end: int) -> None:
+        """For what was changed: the rest of its clusters may have moved along."""
+        cluster = self.image.header.cluster_size
+        start, end = start - start % cluster, end + -end % cluster
+        stamp = self._moved.stamp
+        await self._context.invalidate(start, end - start)
+        self._settled(start, end, stamp)
+
     async def resize(self, size: int) -> Geometry:
-        if size < self.image.size:
+        old = self.image.size
+        if size < old:
             raise Unsupported(
                 f"{self.image} can be made smaller only when it is not in use: xbd image resize"
             )
-        await self._run(set_size, self.image, self._zeroer, size)
+        try:
+            await self._run(set_size, self.image, self._zeroer, size)
+        finally:
+            await self._invalidate_clusters(old, size)
         return self.geometry
 
     async def create_snapshot(self, name: str) -> None:
@@ -327,11 +350,12 @@ class Qcow2Device(BlockDevice):
             return None
         # More than is asked for: the answer is kept, and this is not asked for every request.
         reach = max(length, SCAN_ENTRIES * self.image.tables.subcluster_size)
-        extent = self.image.resolve(offset, reach, for_write=for_write)
-        return None if extent is None else (extent,)
+        return self.image.resolve_all(offset, reach, for_write=for_write) or None
 
     def can_place(self, offset: int, length: int) -> bool:
-        return self._placer is not None and not self._closed and self._placer.useful(offset, length)
+        if self._placer is None or self._closed:
+            return False
+        return self._placer.useful(offset, length, self._context.claims())
 
     async def place(self, extents: Sequence[Extent]) -> None:
         if self._placer is not None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import attrs
 
@@ -34,11 +34,16 @@ from xbd.drivers.qcow2.refcounts import LARGEST_OFFSET, Refcounts
 from xbd.drivers.qcow2.tables import Kind, Piece, Tables
 from xbd.drivers.qcow2.unpacking import Unpacker
 
+ExtentT = TypeVar("ExtentT", HostExtent, HostExtent | None)
+
 DEFAULT_CACHE_BYTES: Final = 8 * MIB
 """L2 tables in memory: 64 GiB of clusters of 64 KiB."""
 
 MOST_RELEASED: Final = 256
 """Runs of released clusters that wait for the guest to flush, before the image does."""
+
+MOST_EXTENTS: Final = 64
+"""That one look at the tables finds: some 200 us where no cluster follows the one before it."""
 
 
 class Backing(Protocol):
@@ -62,6 +67,15 @@ class Backing(Protocol):
     def resolve(self, offset: int, length: int) -> HostExtent | None:
         """Where the first bytes of the range simply lie, if they do.  No I/O."""
 
+    def resolve_all(self, offset: int, length: int) -> list[HostExtent]:
+        """As much of the range as simply lies somewhere, up to `MOST_EXTENTS`.  No I/O."""
+
+    def in_memory(self, offset: int, length: int) -> bool:
+        """Whether `resolve` knows all it can.  No I/O."""
+
+    def load(self, offset: int, length: int) -> None:
+        """Have it so."""
+
     def close(self) -> None: ...
 
 
@@ -71,6 +85,39 @@ class Cipher(Protocol):
     def decrypt(self, data: bytearray | memoryview, first_sector: int) -> None: ...
 
     def encrypt(self, data: bytearray | memoryview, first_sector: int) -> None: ...
+
+
+class Moved:
+    """Clusters of the disk that lie elsewhere now, until nobody looks for them where they were.
+
+    Who writes to them there meanwhile must not be answered: a reader would not see it.
+    """
+
+    def __init__(self) -> None:
+        self.stamp = 0
+        """Grows with each move."""
+        self._clusters: dict[int, int] = {}
+        """With the stamps of their last moves."""
+
+    def __contains__(self, cluster: int) -> bool:
+        return cluster in self._clusters
+
+    def note(self, cluster: int) -> None:
+        """It has moved.  Under the image's lock."""
+        self.stamp += 1
+        self._clusters[cluster] = self.stamp
+
+    def first(self, start: int, stop: int) -> int:
+        """The first one of these, or `stop`."""
+        if not self._clusters:
+            return stop
+        return min((one for one in list(self._clusters) if start <= one < stop), default=stop)
+
+    def settled(self, start: int, stop: int, stamp: int) -> None:
+        """What was known of these clusters when `stamp` was this is forgotten."""
+        for cluster, moved in list(self._clusters.items()):
+            if start <= cluster < stop and moved <= stamp:
+                del self._clusters[cluster]
 
 
 class Image:
@@ -100,6 +147,8 @@ class Image:
         """Some cluster of `allocating` is done."""
         self.allocating: set[int] = set()
         """Clusters of the disk whose mapping somebody is about to change."""
+        self.moved: Moved | None = None
+        """Clusters of the disk that lie elsewhere now; None: nobody keeps answers of `resolve`."""
         self.metadata = MetadataMap()
         self.refcounts = Refcounts(host, header, self.metadata, self._refcount_table_moved)
         self.tables = Tables(host, header, cache_bytes)
@@ -143,6 +192,13 @@ class Image:
             yield
         finally:
             self.leave(token)
+
+    def note_move(self, cluster: int, moved: list[tuple[int, int]] | None = None) -> None:
+        """A cluster of the disk lies elsewhere now; its range goes into `moved`.  Locked."""
+        if moved is not None:
+            moved.append((cluster << self.header.cluster_bits, self.header.cluster_size))
+        if self.moved is not None:
+            self.moved.note(cluster)
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -238,16 +294,65 @@ class Image:
 
         Looks only at tables in memory, without the lock; each entry of the range costs time.
         """
+        piece = self._locate(offset, length, for_write=for_write)
+        if piece is None:
+            return None
+        if piece.kind is Kind.UNALLOCATED:
+            assert self.backing is not None
+            return _shortened(self.backing.resolve(piece.offset, piece.length), piece.length)
+        return HostExtent(fd=self.data_host.fd, offset=piece.host, length=piece.length)
+
+    def resolve_all(self, offset: int, length: int, *, for_write: bool = False) -> list[HostExtent]:
+        """As `resolve`, for as much of a range as simply lies somewhere, up to `MOST_EXTENTS`."""
+        extents: list[HostExtent] = []
+        end = offset + length
+        while offset < end and len(extents) < MOST_EXTENTS:
+            piece = self._locate(offset, end - offset, for_write=for_write)
+            if piece is None:
+                break
+            if piece.kind is Kind.UNALLOCATED:
+                assert self.backing is not None
+                found = self.backing.resolve_all(piece.offset, piece.length)
+            else:
+                found = [HostExtent(fd=self.data_host.fd, offset=piece.host, length=piece.length)]
+            found = found[: MOST_EXTENTS - len(extents)]
+            reach = sum(extent.length for extent in found)
+            if reach > piece.length:
+                found[-1] = _shortened(found[-1], found[-1].length - (reach - piece.length))
+            extents += found
+            offset += min(reach, piece.length)
+            if reach < piece.length:
+                break
+        return extents
+
+    def in_memory(self, offset: int, length: int) -> bool:
+        """Whether `resolve` knows all it can of a range.  No I/O."""
+        end = min(offset + length, self.size)
+        for piece in self.tables.pieces(offset, end - offset, wait=False):
+            offset += piece.length
+            behind = self.backing if piece.kind is Kind.UNALLOCATED else None
+            if behind is not None and not behind.in_memory(piece.offset, piece.length):
+                return False
+        return offset >= end
+
+    def load(self, offset: int, length: int) -> None:
+        """Have it so: see `in_memory`."""
+        for piece in self.pieces(offset, min(length, self.size - offset)):
+            if piece.kind is Kind.UNALLOCATED and self.backing is not None:
+                self.backing.load(piece.offset, piece.length)
+
+    def _locate(self, offset: int, length: int, *, for_write: bool) -> Piece | None:
+        """The piece at `offset`, if it simply lies somewhere: here, or behind this image."""
         if for_write and (not self.writable or self.broken is not None):
             return None
         if self.cipher is not None:
             return None
         try:
-            return self._resolve(offset, length, for_write=for_write)
+            return self._locate_piece(offset, length, for_write=for_write)
         except CorruptImage:
             return None  # the slow way says what is wrong
 
-    def _resolve(self, offset: int, length: int, *, for_write: bool) -> HostExtent | None:
+    def _locate_piece(self, offset: int, length: int, *, for_write: bool) -> Piece | None:
         tables = self.tables
         cluster = tables.cluster_size
         length = min(length, self.size - offset)
@@ -260,7 +365,7 @@ class Image:
         if piece is None or piece.length <= 0:
             return None
         if piece.kind is Kind.UNALLOCATED and self.backing is not None and not for_write:
-            return _shortened(self.backing.resolve(piece.offset, piece.length), piece.length)
+            return piece
         if piece.kind is not Kind.NORMAL or (for_write and not piece.writable):
             return None
         end = piece.host + piece.length
@@ -271,7 +376,14 @@ class Image:
             last = -(-end // cluster)
             if last > self.refcounts.end or self.metadata.overlaps(first, last - first):
                 return None
-        return HostExtent(fd=self.data_host.fd, offset=piece.host, length=piece.length)
+        if for_write and self.moved is not None:
+            first = offset // cluster
+            stop = self.moved.first(first, -(-(offset + piece.length) // cluster))
+            if stop == first:
+                return None
+            length = min(piece.length, stop * cluster - offset)
+            piece = attrs.evolve(piece, length=length)
+        return piece
 
     def _run(self, offset: int, length: int, *, holes: bool) -> Piece | None:
         """The piece at `offset`, of entries without subclusters: as `Tables.pieces`, but fast.
@@ -448,7 +560,7 @@ def _try(reserve: Callable[[], None]) -> None:
         reserve()
 
 
-def _shortened(extent: HostExtent | None, length: int) -> HostExtent | None:
+def _shortened(extent: ExtentT, length: int) -> ExtentT:
     if extent is None or extent.length <= length:
         return extent
     return attrs.evolve(extent, length=length)

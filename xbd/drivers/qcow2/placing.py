@@ -1,11 +1,14 @@
 """Places for clusters before somebody writes to them, so that the core can do that by itself.
 
-Only for clusters that lie nowhere and read as zeroes: a new one is counted and full of zeroes,
-durably (`refcounts`), so the L2 entry that names it may come before the data, and reach the disk
-before or after it.  Whatever a crash leaves, the disk reads as before or as written.
+For clusters that lie nowhere and read as zeroes, a new one is counted and full of zeroes, durably
+(`refcounts`), so the L2 entry that names it may come before the data, and reach the disk before or
+after it.  Whatever a crash leaves, the disk reads as before or as written.
 
 Where a data path can do that, tables and clusters are lent to it, and it links them by itself.
 Else, who writes one cluster after the other gets more of them linked than are asked for.
+
+Over a backing file only such a data path can do it: it copies the rest of the cluster, and links
+that when it is durable.
 """
 
 from __future__ import annotations
@@ -27,6 +30,9 @@ STREAK: Final = MIB
 MOST_AHEAD: Final = 4 * MIB
 """In bytes: what is linked ahead at a time, and stays so where the streak ends."""
 
+LARGEST_COPIED_BITS: Final = 16
+"""Of clusters that the data path copies: 64 KiB."""
+
 FIRST_LOT: Final = 16
 LARGEST_LOT: Final = LONGEST_RUN
 """Clusters that the data path has to link by itself: at first, and when a guest goes on.  They
@@ -46,14 +52,22 @@ class Placer:
         self.image = image
         self._tables = image.tables
         self._bits = image.header.cluster_bits
-        self._possible = (
+        plain = (
             image.writable
-            and image.backing is None
             and image.cipher is None
             and image.data_host is image.host
             and not image.tables.extended
         )
+        self._possible = plain and image.backing is None
         """Whether a new cluster reads as what was not there, and is all there is to it."""
+        self._copied = (
+            plain
+            and image.backing is not None
+            # Whoever syncs a descriptor of its own leaves it to others to see that this failed.
+            and image.data_host.direct
+            and self._bits <= LARGEST_COPIED_BITS
+        )
+        """Whether a new cluster is what was not there, as soon as it is copied."""
         self._streak = 0
         """Clusters linked one after the other, and `_next` behind them."""
         self._next = 0
@@ -63,9 +77,13 @@ class Placer:
         self._lot = min(FIRST_LOT, self._largest_lot)
         """Clusters to supply next time."""
 
-    def useful(self, offset: int, length: int) -> bool:
+    def useful(self, offset: int, length: int, claims: Claims | None = None) -> bool:
         """Whether `place` may find places in this range.  Looks at tables in memory only."""
-        if not self._possible or self.image.broken is not None:
+        if self.image.broken is not None:
+            return False
+        if self._copied:
+            return claims is not None and claims.copies and self._can_be_copied(offset, length)
+        if not self._possible:
             return False
         first, last = offset >> self._bits, offset + length - 1 >> self._bits
         index, place = divmod(first, self._tables.l2_entries)
@@ -74,6 +92,29 @@ class Placer:
         except CorruptImage:
             return False  # writing says what is wrong
         return table is None or 0 in table[place : place + last - first + 1]
+
+    def _can_be_copied(self, offset: int, length: int) -> bool:
+        """Whether nothing of the range is here, and all of it simply lies behind.
+
+        True also if that can't be said yet: `place` loads what tells it.
+        """
+        image, tables = self.image, self._tables
+        first, last = offset >> self._bits, offset + length - 1 >> self._bits
+        index, place = divmod(first, tables.l2_entries)
+        count = last - first + 1
+        start, size = first << self._bits, count << self._bits
+        if place + count > tables.l2_entries or start + size > image.size:
+            return False
+        try:
+            if not image.in_memory(start, size):
+                return True
+            table = tables.cached(index)
+        except CorruptImage:
+            return False  # writing says what is wrong
+        if table is not None and any(table[place : place + count]):
+            return False
+        found = image.resolve_all(start, size)
+        return sum(extent.length for extent in found) >= size
 
     def place(self, extents: Sequence[Extent], claims: Claims | None = None) -> None:
         """Link new clusters to what has none, in the host's hands on return.  Raises `DriverError`.
@@ -87,7 +128,10 @@ class Placer:
             new: _Changes = {}
             try:
                 for extent in extents:
-                    self._take(extent, new)
+                    if self._copied:
+                        image.load(extent.offset, extent.length)
+                    else:
+                        self._take(extent, new)
                 if claims is None:
                     self._take_ahead(new)
                 while new:
@@ -149,28 +193,45 @@ class Placer:
         image = self.image
         if self._claims is None:
             fd = image.host.fd
-            claims.begin(fd, image.host.metadata_fd, image.header.cluster_size, COPIED)
+            unit = image.header.cluster_size
+            claims.begin(fd, image.host.metadata_fd, unit, COPIED, behind=self._copied)
             self._claims = claims
             image.before_closing.append(self._end)
-        left = claims.supplied
-        if left <= self._lot // 2:
-            clusters = image.refcounts.take_many(min(self._lot - left, image.refcounts.in_store))
-            taken = claims.supply([cluster << self._bits for cluster in clusters])
-            image.refcounts.put_back(clusters[taken:])
-            self._lot = min(2 * self._lot, self._largest_lot)
         reach = self._tables.l2_entries << self._bits
         indexes = {extent.offset // reach for extent in extents}
         indexes.update((extent.offset + extent.length - 1) // reach for extent in extents)
-        # Somebody is about to make an entry of his own where there seems to be none.
-        indexes.difference_update(number // self._tables.l2_entries for number in image.allocating)
+        self._give_back_spoilt(claims)
+        if self._copied:
+            for index in indexes:
+                writable_l2(image, index)
+        # What was placed has its clusters; what is copied needs them now, and more is to come.
+        needed = self._clusters_of(extents) if self._copied else 0
+        left = claims.supplied
+        if left <= max(needed, self._lot // 2):
+            wanted = max(self._lot, 2 * needed) - left
+            more = max(min(wanted, image.refcounts.in_store), needed - left)
+            clusters = image.refcounts.take_many(more)
+            taken = claims.supply([cluster << self._bits for cluster in clusters])
+            image.refcounts.put_back(clusters[taken:])
+            self._lot = min(2 * self._lot, self._largest_lot)
         for index in indexes:
             self._tables.lend(index, claims)
+
+    def _clusters_of(self, extents: Sequence[Extent]) -> int:
+        return sum(
+            (extent.offset + extent.length - 1 >> self._bits) - (extent.offset >> self._bits) + 1
+            for extent in extents
+        )
+
+    def _give_back_spoilt(self, claims: Claims) -> None:
+        self.image.refcounts.release(sorted(place >> self._bits for place in claims.spoilt()))
 
     def _end(self) -> None:
         """Take back what was lent and not used."""
         assert self._claims is not None
         with self.image.lock:
             self._tables.take_all_back()
+            self._give_back_spoilt(self._claims)
             places = self._claims.end()
             self.image.refcounts.put_back([place >> self._bits for place in places])
 

@@ -155,6 +155,15 @@ class _Nothing:
     def resolve(self, offset: int, length: int) -> HostExtent | None:
         return None
 
+    def resolve_all(self, offset: int, length: int) -> list[HostExtent]:
+        return []
+
+    def in_memory(self, offset: int, length: int) -> bool:
+        return True
+
+    def load(self, offset: int, length: int) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

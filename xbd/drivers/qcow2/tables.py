@@ -13,6 +13,7 @@ import sys
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 import attrs
@@ -152,6 +153,15 @@ class Tables:
         claims = self._lent.pop(index, None)
         if claims is not None:
             claims.take_back((index * self.l2_entries) << self.bits)
+
+    @contextmanager
+    def alone(self, index: int) -> Iterator[None]:
+        """Nobody else changes an L2 table inside; who was lent it gets it again."""
+        claims = self._lent.get(index)
+        self.take_back(index)
+        yield
+        if claims is not None and self.cached(index) is not None:
+            self.lend(index, claims)
 
     def take_all_back(self) -> None:
         """`take_back` for all tables."""

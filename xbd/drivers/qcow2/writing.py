@@ -63,6 +63,8 @@ class _InPlace:
     host: int
     length: int
     buffers: list[memoryview]
+    clusters: list[int]
+    """Of the disk."""
 
 
 @attrs.define(eq=False)
@@ -89,7 +91,14 @@ class _Allocation:
     """Whether the cluster reads as zeroes, as far as its own entry says."""
     replaces: bool = True
     """Whether something but zeroes is replaced."""
+    was_nowhere: bool = False
+    """It had no entry: who is lent the table may make one."""
     error: DriverError | None = None
+
+    @property
+    def clusters(self) -> Sequence[int]:
+        """Of the disk."""
+        return (self.cluster,)
 
 
 @attrs.define(eq=False)
@@ -116,7 +125,7 @@ class Writer:
         """Write all; each request's `error` says how it went.
 
         Returns the ranges (offset and length) of the disk that lie elsewhere now: what `resolve`
-        said of them before holds no longer.
+        said of them before holds no longer, or somebody else has still to say so.
         """
         moved: list[tuple[int, int]] = []
         parts = [part for request in requests for part in self._parts(request) if part.length]
@@ -160,8 +169,9 @@ class Writer:
                 while later and not (in_place or mine):
                     image.unblocked.wait()
                     later = self._plan_some(later, in_place, mine)
+                self._note_moving([*in_place, *mine.values()], moved)
             self._carry_out(in_place, list(mine.values()))
-            moved.extend(self._link(list(mine.values())))
+            later += self._link(list(mine.values()), moved)
         finally:
             if mine:
                 with image.lock:
@@ -170,6 +180,16 @@ class Writer:
         return later
 
     # -- planning, under the lock -------------------------------------------------------------
+
+    def _note_moving(
+        self, planned: Sequence[_InPlace | _Allocation], moved: list[tuple[int, int]]
+    ) -> None:
+        """Who writes where a cluster has just moved to waits until everybody knows that."""
+        if self._image.moved is not None:
+            for one in planned:
+                for cluster in one.clusters:
+                    if cluster in self._image.moved:
+                        moved.append((cluster << self._bits, self._tables.cluster_size))
 
     def _plan_some(
         self, parts: Sequence[_Part], in_place: list[_InPlace], mine: dict[int, _Allocation]
@@ -199,10 +219,13 @@ class Writer:
         if number in self._image.allocating:
             return False
         index, place = divmod(number, self._tables.l2_entries)
-        table = writable_l2(self._image, index)
-        host = self._host_for(table, place, part)
+        table = writable_l2(self._image, index, look=True)
+        # Once: who is lent the table may change it.
+        entry = table[2 * place if self._tables.extended else place]
+        bitmap = table[2 * place + 1] if self._tables.extended else 0
+        host = self._host_for(entry, bitmap, part)
         if host is None:
-            allocation = self._allocate(table, place, number, part)
+            allocation = self._allocate(entry, bitmap, number, part)
             allocation.parts.append(part)
             mine[number] = allocation
             self._image.allocating.add(number)
@@ -211,21 +234,21 @@ class Writer:
         if last and last.request is part.request and last.host + last.length == host:
             last.buffers.extend(part.buffers)
             last.length += part.length
+            last.clusters.append(number)
         else:
-            in_place.append(_InPlace(part.request, host, part.length, list(part.buffers)))
+            buffers = list(part.buffers)
+            in_place.append(_InPlace(part.request, host, part.length, buffers, [number]))
         return True
 
-    def _host_for(self, table: array[int], place: int, part: _Part) -> int | None:
+    def _host_for(self, entry: int, bitmap: int, part: _Part) -> int | None:
         """Where a part may simply be written."""
         tables = self._tables
         if tables.extended:
-            entry, bitmap = table[2 * place], table[2 * place + 1]
             if not entry & COMPRESSED:
                 tables.check_bitmap(entry, bitmap)
             touched = self._touched(part)
             writable = bitmap & touched == touched
         else:
-            entry = table[place]
             writable = not entry & ZERO
         if entry & COMPRESSED or not (entry & COPIED and writable and tables.has_host(entry)):
             return None
@@ -256,10 +279,9 @@ class Writer:
         table = self._tables.l2(index)
         return 0 if table is None else table[2 * place + 1] & ALL_ALLOCATED
 
-    def _allocate(self, table: array[int], place: int, number: int, part: _Part) -> _Allocation:
+    def _allocate(self, entry: int, bitmap: int, number: int, part: _Part) -> _Allocation:
         image, tables = self._image, self._tables
         fill = self._touched(part)
-        entry = table[2 * place] if tables.extended else table[place]
         if entry & COMPRESSED:
             whole = ALL_ALLOCATED if tables.extended else 1
             packed = compressed_clusters(image, entry)
@@ -267,9 +289,11 @@ class Writer:
             return self._new(number, whole, packed)
         zero = not tables.extended and bool(entry & ZERO)
         if not tables.has_host(entry):
-            return self._new(number, fill, [], old_is_zero=zero or image.backing is None)
+            allocation = self._new(number, fill, [], old_is_zero=zero or image.backing is None)
+            allocation.was_nowhere = not entry and not tables.extended
+            return allocation
         host = tables.host_offset(entry)
-        kept = table[2 * place + 1] & ALL_ALLOCATED if tables.extended else 0
+        kept = bitmap & ALL_ALLOCATED
         if entry & COPIED:
             self._require_a_place_for_data(host)
             return _Allocation(number, host, False, False, fill & ~kept, old_is_zero=zero)
@@ -479,14 +503,13 @@ class Writer:
 
     # -- linking, under the lock --------------------------------------------------------------
 
-    def _link(self, mine: Sequence[_Allocation]) -> list[tuple[int, int]]:
-        """Let the L2 tables name what was written."""
+    def _link(self, mine: Sequence[_Allocation], moved: list[tuple[int, int]]) -> list[_Part]:
+        """Let the L2 tables name what was written; returns what has to be written again."""
         if not mine:
             return []
-        image = self._image
         done: dict[int, list[_Allocation]] = {}
-        moved = []
-        with image.lock:
+        again: list[_Part] = []
+        with self._image.lock:
             for allocation in mine:
                 if allocation.error is not None or self._all_failed(allocation):
                     self._drop(allocation)
@@ -494,19 +517,43 @@ class Writer:
                     index = allocation.cluster // self._tables.l2_entries
                     done.setdefault(index, []).append(allocation)
             for index, allocations in done.items():
-                try:
-                    self._store(index, allocations)
-                except DriverError as error:
-                    for allocation in allocations:
-                        _fail(allocation, error)
-                        moved.append((allocation.cluster << self._bits, self._tables.cluster_size))
-                    self._give_up(index, allocations)
-                    continue
-                for allocation in allocations:
-                    if allocation.release or allocation.leaves or image.backing is not None:
-                        moved.append((allocation.cluster << self._bits, self._tables.cluster_size))
-                    image.refcounts.release(allocation.release)
-        return moved
+                with self._tables.alone(index):
+                    again += self._link_in(index, allocations, moved)
+        return again
+
+    def _link_in(
+        self, index: int, allocations: Sequence[_Allocation], moved: list[tuple[int, int]]
+    ) -> list[_Part]:
+        image = self._image
+        again: list[_Part] = []
+        try:
+            late = self._linked_meanwhile(index, allocations)
+            for allocation in late:
+                self._drop(allocation)
+                again += allocation.parts
+            allocations = [one for one in allocations if one not in late]
+            self._store(index, allocations)
+        except DriverError as error:
+            for allocation in allocations:
+                _fail(allocation, error)
+                self._image.note_move(allocation.cluster, moved)
+            self._give_up(index, allocations)
+            return again
+        for allocation in allocations:
+            if allocation.release or allocation.leaves or image.backing is not None:
+                self._image.note_move(allocation.cluster, moved)
+            image.refcounts.release(allocation.release)
+        return again
+
+    def _linked_meanwhile(
+        self, index: int, allocations: Sequence[_Allocation]
+    ) -> list[_Allocation]:
+        """Those for which somebody who was lent the table has made an entry."""
+        table = self._tables.l2(index)
+        if table is None:
+            return []
+        entries = self._tables.l2_entries
+        return [one for one in allocations if one.was_nowhere and table[one.cluster % entries]]
 
     def _give_up(self, index: int, allocations: Sequence[_Allocation]) -> None:
         """The table could not be written, or not all of it: see which clusters it names now."""
@@ -534,6 +581,8 @@ class Writer:
             self._image.refcounts.release([allocation.host >> self._bits])
 
     def _store(self, index: int, allocations: Sequence[_Allocation]) -> None:
+        if not allocations:
+            return
         tables = self._tables
         table = writable_l2(self._image, index)
         words = {}
@@ -585,12 +634,15 @@ def _fail(allocation: _Allocation, error: DriverError) -> None:
         part.request.error = error
 
 
-def writable_l2(image: Image, index: int) -> array[int]:
-    """The L2 table of an L1 entry, made or copied if nobody may write to it.  Under the lock."""
+def writable_l2(image: Image, index: int, *, look: bool = False) -> array[int]:
+    """The L2 table of an L1 entry, made or copied if nobody may write to it.  Under the lock.
+
+    `look`: who was lent it may go on making entries there.
+    """
     tables = image.tables
     entry = tables.l1[index]
     if entry & COPIED:
-        table = tables.l2(index)
+        table = tables.look(index) if look else tables.l2(index)
         if table is not None:
             return table
     old = tables.l2(index)
