@@ -251,7 +251,7 @@ class Ordeal:
     def _change(self, image: Image, *, trusted: bool) -> None:
         model: bytearray | None = None
         # A part of an encrypted sector means nothing; no disk but a damaged one has such an end.
-        if trusted and image.size <= MOST_READ and image.size % 512 == 0:
+        if trusted and 0 < image.size <= MOST_READ and image.size % 512 == 0:
             # What can't be read (bad compressed data) says nothing about what is written.
             with suppress(DriverError):
                 model = bytearray(self._read(image, 0, image.size))
