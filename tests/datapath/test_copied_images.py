@@ -32,20 +32,24 @@ def tool(*command: object) -> None:
 
 
 def make_images(directory: Path, cluster: int = CLUSTER) -> tuple[Path, bytearray]:
-    """An overlay, over what lies anywhere in its image; and the disk's content."""
-    content = random.Random(cluster).randbytes(SIZE)
+    """An overlay, over what lies anywhere in its image, and zeroes; and the disk's content."""
+    content = bytearray(random.Random(cluster).randbytes(SIZE))
+    for offset in range(2 * MIB, SIZE, 4 * MIB):
+        content[offset : offset + MIB] = bytes(MIB)
     base, over = directory / "base", directory / "over"
     options = f"cluster_size={cluster}"
     tool("qemu-img", "create", "-f", "qcow2", "-o", options, base, SIZE)
     order = list(range(0, SIZE, MIB))
     random.Random(1).shuffle(order)
     for offset in order:
+        if not any(content[offset : offset + MIB]):
+            continue
         (directory / "part").write_bytes(content[offset : offset + MIB])
         tool(
             "qemu-io", "-f", "qcow2", "-c", f"write -q -s {directory / 'part'} {offset} {MIB}", base
         )
     tool("qemu-img", "create", "-f", "qcow2", "-o", options, "-F", "qcow2", "-b", base, over)
-    return over, bytearray(content)
+    return over, content
 
 
 @asynccontextmanager
@@ -154,3 +158,21 @@ async def test_everything_else_goes_on_meanwhile(rig_maker, tmp_path, cluster):
             nursery.start_soon(administrator, rig)
         await rig.access.flush()
     check(path, content)
+
+
+async def test_holes_are_read_without_the_driver(rig_maker, tmp_path):
+    tool("qemu-img", "create", "-f", "qcow2", tmp_path / "image", SIZE)
+    async with serving(rig_maker, tmp_path / "image") as rig:
+        assert await rig.front.read(0, PAGE_SIZE) == bytes(PAGE_SIZE)
+
+        async def read_many(requests):
+            pytest.fail("the driver was asked")
+
+        rig.access.device.read_many = read_many
+        for offset in range(0, SIZE, MIB):
+            assert await rig.front.read(offset, MIB // 4) == bytes(MIB // 4)
+        await rig.front.write(MIB, b"data" * (PAGE_SIZE // 4))
+        await rig.front.write(3 * MIB, b"data" * (PAGE_SIZE // 4))
+        for offset in (MIB, 3 * MIB):
+            found = await rig.front.read(offset, 2 * PAGE_SIZE)
+            assert found == b"data" * (PAGE_SIZE // 4) + bytes(PAGE_SIZE)

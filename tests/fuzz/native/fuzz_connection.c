@@ -369,6 +369,7 @@ static void note_event(struct world *world, const struct xbd_event *event)
     case XBD_SETTLED:
         CHECK(event->number < world->settles && world->settled++ < world->settles);
         break;
+    case XBD_FEW_PLACES:
     case XBD_BROKEN:
         CHECK(event->kind != XBD_BROKEN);
         break;

@@ -197,7 +197,7 @@ int main(int argc, char **argv)
     if (!used || file < 0 || !claims || ftruncate(file, sizeof(entries)))
         return 2;
     CHECK(!xbd_claims_take(claims, 0, UNIT));   /* nothing was lent yet */
-    CHECK(xbd_claims_begin(claims, FD, file, UNIT, BITS, false));
+    CHECK(xbd_claims_begin(claims, FD, file, UNIT, BITS, false, false));
     if (pthread_create(&driver, NULL, drive, NULL))
         return 2;
     for (unsigned i = 0; i < TAKERS; i++) {

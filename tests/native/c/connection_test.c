@@ -108,6 +108,42 @@ static void test_parts_of_pages(void)
     bed_close(&bed);
 }
 
+static void expect_read(uint64_t sector, unsigned pages, uint64_t zeroes, uint64_t until)
+{
+    struct front_segment segments[32];
+    uint32_t page = whole_pages(segments, pages);
+    memset(bed_page(&bed, page), 0xa5, (size_t)pages * PAGE);
+    uint64_t id = bed_put_indirect(&bed, 0, OP_READ, sector, segments, pages);
+    bed_send(&bed, 0);
+    CHECK(bed_answer(&bed, 0, id) == RSP_OKAY);
+    for (uint64_t i = 0; i < (uint64_t)pages * PAGE; i += SECTOR) {
+        static const uint8_t nothing[SECTOR];
+        uint64_t at = sector * SECTOR + i;
+        if (zeroes <= at && at < until)
+            CHECK(!memcmp(bed_page(&bed, page) + i, nothing, SECTOR));
+        else
+            expect_bytes(bed_page(&bed, page) + i, SECTOR, at);
+    }
+}
+
+/* Where nothing is to be read from. */
+static void test_zeroes(void)
+{
+    enum { FIRST = 64 << 10, BEHIND = (192 << 10) + 3 * SECTOR };
+    start(*variant, KNOWN);
+    fill_disk();
+    CHECK(xbd_extents_put(bed.extents, false, FIRST, BEHIND, XBD_ZEROES, FIRST));
+    CHECK(xbd_extents_put(bed.extents, false, BEHIND, bed.setup.size, bed.files[0], BEHIND));
+    CHECK(!xbd_extents_put(bed.extents, false, FIRST, BEHIND, -1, FIRST));
+    expect_read(FIRST / SECTOR, 1, FIRST, BEHIND);
+    expect_read(FIRST / SECTOR, 32, FIRST, BEHIND);
+    expect_read(FIRST / SECTOR - 5, 2, FIRST, BEHIND);
+    expect_read(BEHIND / SECTOR - 9, 3, FIRST, BEHIND);
+    expect_read(BEHIND / SECTOR, 3, FIRST, BEHIND);
+    CHECK(!bed_has_event(&bed, XBD_REQUEST));
+    bed_close(&bed);
+}
+
 /* A full ring, several times, answered in any order. */
 static void test_full_rings(void)
 {
@@ -1361,6 +1397,7 @@ static const struct {
 } tests[] = {
 #define TEST(name, which) {#name, test_##name, which}
     TEST(parts_of_pages, EVERY),
+    TEST(zeroes, EVERY),
     TEST(full_rings, EVERY),
     TEST(many_pieces, EVERY),
     TEST(indirect, EVERY),

@@ -268,7 +268,7 @@ static void begin(unsigned rings, unsigned threads, unsigned places)
     fill(model, SIZE, 0);
     bed_file_write(&bed, 0, 0, model, SIZE);
     know_base();
-    CHECK(xbd_claims_begin(bed.claims, store, table, UNIT, BITS, true));
+    CHECK(xbd_claims_begin(bed.claims, store, table, UNIT, BITS, true, true));
     supply(places);
     lend();
     xbd_connection_start(bed.connection);
@@ -413,6 +413,24 @@ static void test_writes_to_one_unit(void)
     finish();
 }
 
+/* What reads as zeroes needs no copy; but where more is copied, they are a part of it. */
+static void test_zeroes_behind(void)
+{
+    static const uint8_t nothing[2 * UNIT];
+    begin(1, 1, SUPPLY);
+    memset(model + 3 * UNIT, 0, 2 * UNIT);
+    bed_file_write(&bed, 0, 3 << SHIFT, nothing, 2 * UNIT);
+    CHECK(xbd_extents_put(bed.extents, false, 3 << SHIFT, 5 << SHIFT, XBD_ZEROES, 3 << SHIFT));
+    expect_written(3 * UNIT_SECTORS + 8, 1);
+    for (unsigned i = 0; i < nr_calls; i++)
+        CHECK(calls[i].call != SYNC_BEGAN);
+    CHECK(in_file(3) && in_file(3) == atomic_load(&entries[3]));
+    expect_written(5 * UNIT_SECTORS - 16, 4);
+    CHECK(!bed_has_event(&bed, XBD_REQUEST));
+    atomic_store(&nr_calls, 0);             /* what reads as zeroes is entered first */
+    finish();
+}
+
 /* More than memory is kept for: the rest is the driver's. */
 static void test_too_many_at_a_time(void)
 {
@@ -436,7 +454,7 @@ static void test_what_nobody_knows_comes_up(void)
     uint64_t id = put_write(0, 3 * UNIT_SECTORS + 8, 1);
     bed_send(&bed, 0);
     struct xbd_event event = bed_event(&bed, XBD_REQUEST);
-    CHECK(event.resolvable && xbd_claims_can_copy(bed.claims, event.offset, event.length));
+    CHECK(event.resolvable && xbd_claims_are_free(bed.claims, event.offset, event.length));
     know_base();
     bed_verdict(&bed, &event, XBD_TRY_AGAIN, 0);
     CHECK(bed_answer(&bed, 0, id) == RSP_OKAY);
@@ -445,14 +463,14 @@ static void test_what_nobody_knows_comes_up(void)
     expect_written(10 * UNIT_SECTORS, 1);
     bed_event(&bed, XBD_FEW_PLACES);
     expect_asked(4 * UNIT_SECTORS);                 /* there are no places any more */
-    CHECK(!xbd_claims_can_copy(bed.claims, 5 << SHIFT, 512));
+    CHECK(!xbd_claims_are_free(bed.claims, 5 << SHIFT, 512));
     supply(2);
     lend();
-    CHECK(xbd_claims_can_copy(bed.claims, 5 << SHIFT, 512));
-    CHECK(!xbd_claims_can_copy(bed.claims, 4 << SHIFT, 512));
-    CHECK(!xbd_claims_can_copy(bed.claims, 5 << SHIFT, 3 << SHIFT));
+    CHECK(xbd_claims_are_free(bed.claims, 5 << SHIFT, 512));
+    CHECK(!xbd_claims_are_free(bed.claims, 4 << SHIFT, 512));
+    CHECK(!xbd_claims_are_free(bed.claims, 5 << SHIFT, 3 << SHIFT));
     CHECK(xbd_claims_pause(bed.claims));
-    CHECK(!xbd_claims_can_copy(bed.claims, 5 << SHIFT, 512));
+    CHECK(!xbd_claims_are_free(bed.claims, 5 << SHIFT, 512));
     expect_asked(5 * UNIT_SECTORS);
     xbd_claims_resume(bed.claims);
     finish();
@@ -690,6 +708,7 @@ static void run_all(unsigned long wanted)
     test_what_is_around_is_copied();
     test_places_that_don_t_follow_each_other();
     test_writes_to_one_unit();
+    test_zeroes_behind();
     test_too_many_at_a_time();
     test_what_nobody_knows_comes_up();
     test_failures();

@@ -65,7 +65,9 @@ class Disk:
         self._stats = DiskStats()
         self.connection: AnyConnection | None = None
         self._extents = (
-            ExtentCache(access.resolve) if threads is None else NativeExtents(access.resolve)
+            ExtentCache(access.resolve)
+            if threads is None
+            else NativeExtents(access.resolve, access.zeroes)
         )
         self._serving: list[AnyConnection] = []
         """Connections that may have I/O in flight, from before they begin until they have ended."""

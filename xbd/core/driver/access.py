@@ -391,6 +391,17 @@ class DeviceAccess:
         limit = self._ranges.first_exclusive(offset, reach)
         return answer if limit is None else _cut(answer, limit - offset)
 
+    def zeroes(self, offset: int, length: int) -> int:
+        """How much of the disk reads as zeroes from `offset` on: see `BlockDevice.zeroes`."""
+        if self._closed or self._condemned is not None:
+            return 0
+        try:
+            found = self._device.zeroes(offset, length)
+        except Exception as error:
+            self._failure("looking for zeroes in", offset, offset + length, error)
+            return 0
+        return max(0, min(found, self._geometry.size - offset))
+
     def can_place(self, offset: int, length: int) -> bool:
         """Whether `place` is of use for this range: see `BlockDevice.can_place`."""
         if self._closed or self._condemned is not None or Capability.WRITE not in self.capabilities:

@@ -207,6 +207,14 @@ class BlockDevice(abc.ABC):
         """
         return None
 
+    def zeroes(self, offset: int, length: int) -> int:
+        """How many bytes from `offset` on read as zeroes for sure; it may be more than `length`.
+
+        Asked where `resolve` knows nothing for reading, on the same terms: the answer is kept until
+        it is taken back.
+        """
+        return 0
+
     def can_place(self, offset: int, length: int) -> bool:
         """Whether `place` would have `resolve` know more of this range for writing.
 
@@ -237,9 +245,9 @@ class Claims(Protocol):
     `resolve` would know it, and reading and writing go there.  Entries reach the file before the
     data, and are not made durable.
 
-    Units that lie nowhere read as zeroes, or else as `resolve` says for reading: as what lies
-    `behind`.  Then the data path copies the rest of the unit, and makes entries when all of that
-    is durable.
+    Units that lie nowhere read as zeroes, or else as `resolve` and `zeroes` say for reading: as
+    what lies `behind`.  Where that is not zeroes, the data path can copy the rest of the unit, and
+    makes entries when all of that is durable.
 
     Methods may be called in any thread; those that lend wait until an entry that is being
     made is in the host's hands.
@@ -247,14 +255,23 @@ class Claims(Protocol):
 
     @property
     def copies(self) -> bool:
-        """Whether units may have something `behind`."""
+        """Whether units may have something `behind`, and can be copied."""
 
-    def begin(self, fd: int, table_fd: int, unit: int, bits: int, *, behind: bool = False) -> None:
+    def begin(
+        self,
+        fd: int,
+        table_fd: int,
+        unit: int,
+        bits: int,
+        *,
+        behind: bool = False,
+        copying: bool = False,
+    ) -> None:
         """Before everything else.  `fd`, `table_fd`: for data and for entries, open until `end`.
 
-        `unit`: bytes, a power of two.  `bits`: what an entry has beside its place.  `behind`: units
-        that lie nowhere don't read as zeroes; only if it `copies`.  It syncs `fd`, whose failures
-        have to be seen by other descriptors of the file as well.
+        `unit`: bytes, a power of two.  `bits`: what an entry has beside its place.  `behind`: not
+        all units that lie nowhere read as zeroes; only if it `copies`.  `copying`: then it does so,
+        and syncs `fd`, whose failures have to be seen by other descriptors of the file as well.
         """
 
     def lend(self, offset: int, entries: array[int], position: int) -> None:

@@ -55,9 +55,18 @@ class TableClaims:
     copies: Final = False
     """See `Claims.copies`."""
 
-    def begin(self, fd: int, table_fd: int, unit: int, bits: int, *, behind: bool = False) -> None:
+    def begin(
+        self,
+        fd: int,
+        table_fd: int,
+        unit: int,
+        bits: int,
+        *,
+        behind: bool = False,
+        copying: bool = False,
+    ) -> None:
         """See `Claims.begin`."""
-        if behind:
+        if behind or copying:
             raise ValueError("nothing is copied here")
         self.end()
         self._fd, self._table_fd, self._unit, self._bits = fd, table_fd, unit, bits

@@ -269,6 +269,10 @@ class RawBacking:
         extent = self.resolve(offset, length)
         return [] if extent is None else [extent]
 
+    def zeroes(self, offset: int, length: int) -> int:
+        """Behind the end alone: where there are holes is known to the filesystem."""
+        return length if offset >= self._size else 0
+
     def in_memory(self, offset: int, length: int) -> bool:
         """There is nothing to know."""
         return True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Final
@@ -247,8 +247,8 @@ class Qcow2Device(BlockDevice):
     async def _serve(self, requests: Sequence[ReadRequest | WriteRequest]) -> None:
         served: Served = await self._run(self.serve_blocking, requests)
         try:
-            for offset, length in served.moved:
-                await self._context.invalidate(offset, length)
+            for start, end in _joined(served.moved):
+                await self._context.invalidate(start, end - start)
             await self._stop_if_broken()
         finally:
             served.end()
@@ -352,6 +352,12 @@ class Qcow2Device(BlockDevice):
         reach = max(length, SCAN_ENTRIES * self.image.tables.subcluster_size)
         return self.image.resolve_all(offset, reach, for_write=for_write) or None
 
+    def zeroes(self, offset: int, length: int) -> int:
+        if self._closed:
+            return 0
+        reach = max(length, SCAN_ENTRIES * self.image.tables.subcluster_size)
+        return self.image.zeroes(offset, min(reach, self.image.size - offset))
+
     def can_place(self, offset: int, length: int) -> bool:
         if self._placer is None or self._closed:
             return False
@@ -359,10 +365,13 @@ class Qcow2Device(BlockDevice):
 
     async def place(self, extents: Sequence[Extent]) -> None:
         if self._placer is not None:
+            moved: list[tuple[int, int]] = []
             try:
-                await self._run(self._placer.place, extents, self._context.claims())
+                await self._run(self._placer.place, extents, self._context.claims(), moved)
             finally:
                 with trio.CancelScope(shield=True):
+                    for start, end in _joined(moved):
+                        await self._invalidate_clusters(start, end)
                     await self._stop_if_broken()
 
     async def aclose(self) -> None:
@@ -371,3 +380,16 @@ class Qcow2Device(BlockDevice):
             if _owner.device is self:
                 _owner.device = None
             await self._run(self.image.close)
+
+
+def _joined(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Start and end of ranges (offset and length) of clusters, neighbours as one."""
+    start = end = 0
+    for offset, length in sorted(ranges):
+        if offset > end:
+            if start < end:
+                yield start, end
+            start = offset
+        end = offset + length
+    if start < end:
+        yield start, end

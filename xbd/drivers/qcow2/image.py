@@ -70,8 +70,11 @@ class Backing(Protocol):
     def resolve_all(self, offset: int, length: int) -> list[HostExtent]:
         """As much of the range as simply lies somewhere, up to `MOST_EXTENTS`.  No I/O."""
 
+    def zeroes(self, offset: int, length: int) -> int:
+        """How much of the range reads as zeroes for sure, from its beginning on.  No I/O."""
+
     def in_memory(self, offset: int, length: int) -> bool:
-        """Whether `resolve` knows all it can.  No I/O."""
+        """Whether these know all they can.  No I/O."""
 
     def load(self, offset: int, length: int) -> None:
         """Have it so."""
@@ -325,8 +328,35 @@ class Image:
                 break
         return extents
 
+    def zeroes(self, offset: int, length: int) -> int:
+        """How much of a range reads as zeroes for sure, from its beginning on.  Behind the disk
+        there are zeroes.  Looks only at tables in memory."""
+        at, end = offset, offset + length
+        try:
+            while at < min(end, self.size):
+                reach = self._zero_reach(at, min(end, self.size) - at)
+                if not reach:
+                    return at - offset
+                at += reach
+        except CorruptImage:
+            return at - offset  # reading it says what is wrong
+        return length
+
+    def _zero_reach(self, offset: int, length: int) -> int:
+        """As `zeroes`, of the first piece of what lies inside the disk."""
+        piece = None
+        if not self.tables.extended:
+            piece = self._run(offset, length, holes=True)
+        if piece is None:
+            piece = next(self.tables.pieces(offset, length, wait=False), None)
+        if piece is None or piece.kind not in (Kind.ZERO, Kind.UNALLOCATED):
+            return 0
+        if piece.kind is Kind.UNALLOCATED and self.backing is not None:
+            return self.backing.zeroes(piece.offset, piece.length)
+        return piece.length
+
     def in_memory(self, offset: int, length: int) -> bool:
-        """Whether `resolve` knows all it can of a range.  No I/O."""
+        """Whether `resolve` and `zeroes` know all they can of a range.  No I/O."""
         end = min(offset + length, self.size)
         for piece in self.tables.pieces(offset, end - offset, wait=False):
             offset += piece.length
@@ -340,6 +370,17 @@ class Image:
         for piece in self.pieces(offset, min(length, self.size - offset)):
             if piece.kind is Kind.UNALLOCATED and self.backing is not None:
                 self.backing.load(piece.offset, piece.length)
+
+    def simply_lies(self, offset: int, length: int) -> bool:
+        """Whether all of a range lies somewhere or reads as zeroes, as far as is in memory."""
+        end = offset + length
+        while offset < end:
+            found = sum(extent.length for extent in self.resolve_all(offset, end - offset))
+            found = found or self.zeroes(offset, end - offset)
+            if not found:
+                return False
+            offset += found
+        return True
 
     def _locate(self, offset: int, length: int, *, for_write: bool) -> Piece | None:
         """The piece at `offset`, if it simply lies somewhere: here, or behind this image."""

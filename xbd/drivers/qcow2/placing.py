@@ -60,9 +60,10 @@ class Placer:
         )
         self._possible = plain and image.backing is None
         """Whether a new cluster reads as what was not there, and is all there is to it."""
-        self._copied = (
-            plain
-            and image.backing is not None
+        self._behind = plain and image.backing is not None
+        """Whether it is so where what lies behind reads as zeroes."""
+        self._copying = (
+            self._behind
             # Whoever syncs a descriptor of its own leaves it to others to see that this failed.
             and image.data_host.direct
             and self._bits <= LARGEST_COPIED_BITS
@@ -81,8 +82,8 @@ class Placer:
         """Whether `place` may find places in this range.  Looks at tables in memory only."""
         if self.image.broken is not None:
             return False
-        if self._copied:
-            return claims is not None and claims.copies and self._can_be_copied(offset, length)
+        if self._behind:
+            return claims is not None and claims.copies and self._can_be_claimed(offset, length)
         if not self._possible:
             return False
         first, last = offset >> self._bits, offset + length - 1 >> self._bits
@@ -93,8 +94,8 @@ class Placer:
             return False  # writing says what is wrong
         return table is None or 0 in table[place : place + last - first + 1]
 
-    def _can_be_copied(self, offset: int, length: int) -> bool:
-        """Whether nothing of the range is here, and all of it simply lies behind.
+    def _can_be_claimed(self, offset: int, length: int) -> bool:
+        """Whether nothing of the range is here, and what lies behind is no obstacle.
 
         True also if that can't be said yet: `place` loads what tells it.
         """
@@ -113,14 +114,21 @@ class Placer:
             return False  # writing says what is wrong
         if table is not None and any(table[place : place + count]):
             return False
-        found = image.resolve_all(start, size)
-        return sum(extent.length for extent in found) >= size
+        return image.zeroes(start, size) >= size or (
+            self._copying and image.simply_lies(start, size)
+        )
 
-    def place(self, extents: Sequence[Extent], claims: Claims | None = None) -> None:
+    def place(
+        self,
+        extents: Sequence[Extent],
+        claims: Claims | None = None,
+        moved: list[tuple[int, int]] | None = None,
+    ) -> None:
         """Link new clusters to what has none, in the host's hands on return.  Raises `DriverError`.
 
         What is there already stays as it is, and so do clusters whose mapping is just changing.
-        With `claims`, whoever uses these links clusters near these by itself from now on.
+        With `claims`, whoever uses these links clusters near these by itself from now on.  The
+        ranges (offset and length) that have a place now are added to `moved`.
         """
         image = self.image
         with image.lock:
@@ -128,7 +136,7 @@ class Placer:
             new: _Changes = {}
             try:
                 for extent in extents:
-                    if self._copied:
+                    if self._behind:
                         image.load(extent.offset, extent.length)
                     else:
                         self._take(extent, new)
@@ -136,6 +144,8 @@ class Placer:
                     self._take_ahead(new)
                 while new:
                     index, words = next(iter(new.items()))
+                    for place in words:
+                        image.note_move(index * self._tables.l2_entries + place, moved)
                     try:
                         self._tables.change(index, words)
                     except DriverError:
@@ -194,18 +204,20 @@ class Placer:
         if self._claims is None:
             fd = image.host.fd
             unit = image.header.cluster_size
-            claims.begin(fd, image.host.metadata_fd, unit, COPIED, behind=self._copied)
+            table_fd = image.host.metadata_fd
+            behind, copying = self._behind, self._copying
+            claims.begin(fd, table_fd, unit, COPIED, behind=behind, copying=copying)
             self._claims = claims
             image.before_closing.append(self._end)
         reach = self._tables.l2_entries << self._bits
         indexes = {extent.offset // reach for extent in extents}
         indexes.update((extent.offset + extent.length - 1) // reach for extent in extents)
         self._give_back_spoilt(claims)
-        if self._copied:
+        if self._behind:
             for index in indexes:
                 writable_l2(image, index)
-        # What was placed has its clusters; what is copied needs them now, and more is to come.
-        needed = self._clusters_of(extents) if self._copied else 0
+        # What was placed has its clusters; others need them now, and more is to come.
+        needed = self._clusters_of(extents) if self._behind else 0
         left = claims.supplied
         if left <= max(needed, self._lot // 2):
             wanted = max(self._lot, 2 * needed) - left

@@ -158,6 +158,9 @@ class _Nothing:
     def resolve_all(self, offset: int, length: int) -> list[HostExtent]:
         return []
 
+    def zeroes(self, offset: int, length: int) -> int:
+        return length
+
     def in_memory(self, offset: int, length: int) -> bool:
         return True
 

@@ -80,8 +80,6 @@ class _Allocation:
     """Reserved for this: to be released if nothing comes of it."""
     fill: int
     """A bit for each subcluster that is to be complete afterwards."""
-    leaves: bool = False
-    """It lay somewhere else in the data file before."""
     release: list[int] = attrs.field(factory=list)
     """Host clusters that are used once less afterwards."""
     parts: list[_Part] = attrs.field(factory=list)
@@ -299,9 +297,7 @@ class Writer:
             return _Allocation(number, host, False, False, fill & ~kept, old_is_zero=zero)
         if image.data_host is image.host:
             image.require_data([host >> self._bits])
-        allocation = self._new(number, fill | kept, [host >> self._bits], old_is_zero=zero)
-        allocation.leaves = True
-        return allocation
+        return self._new(number, fill | kept, [host >> self._bits], old_is_zero=zero)
 
     def _new(
         self, number: int, fill: int, release: list[int], *, old_is_zero: bool = False
@@ -540,8 +536,7 @@ class Writer:
             self._give_up(index, allocations)
             return again
         for allocation in allocations:
-            if allocation.release or allocation.leaves or image.backing is not None:
-                self._image.note_move(allocation.cluster, moved)
+            image.note_move(allocation.cluster, moved)
             image.refcounts.release(allocation.release)
         return again
 

@@ -26,19 +26,31 @@ class NativeClaims:
         self.handle: Any = ffi.gc(made, lib.xbd_claims_free)
         self._unit = 0
         """Bytes; 0: `begin` has not been called."""
+        self.copying = False
+        """As `begin` was told."""
         self._lent: dict[int, Any] = {}
         """The memory of what is lent, by offset."""
 
     copies: Final = True
     """See `Claims.copies`."""
 
-    def begin(self, fd: int, table_fd: int, unit: int, bits: int, *, behind: bool = False) -> None:
+    def begin(
+        self,
+        fd: int,
+        table_fd: int,
+        unit: int,
+        bits: int,
+        *,
+        behind: bool = False,
+        copying: bool = False,
+    ) -> None:
         """See `Claims.begin`."""
         if unit < 1 or unit & (unit - 1):
             raise ValueError(f"a unit of {unit} bytes is no power of two")
-        if not lib.xbd_claims_begin(self.handle, fd, table_fd, unit, bits, behind):
+        if not lib.xbd_claims_begin(self.handle, fd, table_fd, unit, bits, behind, copying):
             raise MemoryError
         self._unit = unit
+        self.copying = copying
         self._lent.clear()
 
     def lend(self, offset: int, entries: array[int], position: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from xbd.core.datapath.extents import Resolver
@@ -15,14 +15,17 @@ _MAX_PIECES: Final = 64
 """Places in host files that one request may be spread over; as in the threads."""
 _REGION: Final = 4 * MIB
 """Of the disk, in which drivers are asked from the beginning on before anything is copied."""
-_pieces: Final = ffi.new("struct xbd_piece[]", _MAX_PIECES) if ffi is not None else None
-"""Where they are told, and nobody looks: how many they are is enough."""
+_pieces: Final[Any] = ffi.new("struct xbd_piece[]", _MAX_PIECES) if ffi is not None else None
+"""Where they are told."""
 
 
 class NativeExtents:
     """Of one disk.  The threads look things up at any time."""
 
-    def __init__(self, resolve: Resolver) -> None:
+    def __init__(
+        self, resolve: Resolver, zeroes: Callable[[int, int], int] = lambda offset, length: 0
+    ) -> None:
+        """Both as the driver's methods of these names."""
         made = lib.xbd_extents_new()
         if made == ffi.NULL:
             raise MemoryError
@@ -30,6 +33,7 @@ class NativeExtents:
         self.claims = NativeClaims(self.handle)
         """For places that the threads find by themselves: they are known here at once."""
         self._resolve = resolve
+        self._zeroes = zeroes
         self._whole = [True, True]
         """By direction: whether all extents so far ended where a chunk ends; what the driver
         says of a chunk's beginning is then true of the chunk."""
@@ -50,21 +54,30 @@ class NativeExtents:
             at = reach
         return self._is_known(offset, length, for_write)
 
-    def can_copy(self, offset: int, length: int) -> bool:
-        """Whether the threads can write for the first time to this range, and copy the rest."""
-        if not lib.xbd_claims_can_copy(self.claims.handle, offset, length):
+    def can_claim(self, offset: int, length: int) -> bool:
+        """Whether the threads can find places for first writes to all of this range."""
+        if not lib.xbd_claims_are_free(self.claims.handle, offset, length):
             return False
         start, stop = self.claims.whole_units(offset, length)
         if not self._is_known(start, stop - start, False):
             # Neighbours will be asked for; from here on, answers fit each other without gaps.
             self._ask(start - start % _REGION, stop, False)
-        return self.learn(start, stop - start, for_write=False)
+        if not self.learn(start, stop - start, for_write=False):
+            return False
+        return self.claims.copying or self._is_zero(start, stop - start)
 
-    def _is_known(self, offset: int, length: int, for_write: bool) -> bool:
+    def _is_zero(self, offset: int, length: int) -> bool:
+        count = self._find(offset, length, False)
+        return count > 0 and all(piece.fd == lib.XBD_ZEROES for piece in _pieces[0:count])
+
+    def _find(self, offset: int, length: int, for_write: bool) -> int:
         found: int = lib.xbd_extents_find(
             self.handle, for_write, offset, length, _pieces, _MAX_PIECES
         )
-        return found > 0
+        return found
+
+    def _is_known(self, offset: int, length: int, for_write: bool) -> bool:
+        return self._find(offset, length, for_write) > 0
 
     def _ask(self, start: int, stop: int, for_write: bool) -> int:
         """Learn where the range's beginning lies; how far."""
@@ -72,15 +85,23 @@ class NativeExtents:
         answer: Sequence[HostExtent] = self._resolve(start, stop - start, for_write=for_write) or ()
         for extent in answer:
             end = start + extent.length
-            # Threads that make entries may know better by now.
-            if not lib.xbd_extents_add(
-                self.handle, for_write, start, end, extent.fd, extent.offset, losses
-            ):
+            if not self._add(start, end, extent.fd, extent.offset, losses, for_write):
                 return start
-            if end % lib.xbd_extents_chunk(self.handle, for_write):
-                self._whole[for_write] = False
             start = end
+        if start < stop and not for_write:
+            end = start + self._zeroes(start, stop - start)
+            if start < end and self._add(start, end, lib.XBD_ZEROES, start, losses, for_write):
+                start = end
         return start
+
+    def _add(
+        self, start: int, end: int, fd: int, position: int, losses: int, for_write: bool
+    ) -> bool:
+        """Keep it, except where threads that make entries may know better by now."""
+        added: bool = lib.xbd_extents_add(self.handle, for_write, start, end, fd, position, losses)
+        if added and end % lib.xbd_extents_chunk(self.handle, for_write):
+            self._whole[for_write] = False
+        return added
 
     def forget(self, offset: int, length: int) -> bool:
         """Drop what is known of a range.  Whether I/O through it may be in flight."""

@@ -174,7 +174,7 @@ class Upcalls:
         """Whether the threads can do it after all."""
         if self.extents.learn(offset, length, for_write=write):
             return True
-        return write and self.extents.can_copy(offset, length)
+        return write and self.extents.can_claim(offset, length)
 
     def _begin(self, asked: _Asked, *, resolvable: bool) -> None:
         """`resolvable`: a transfer that fits the driver's alignment."""

@@ -78,6 +78,8 @@ class _Player:
     unit: int = 0
     answers: list[tuple[int, bool, Sequence[HostExtent]]] = attrs.field(factory=list)
     """Where they begin, whether for writing, and what `resolve` said."""
+    zeroes: list[tuple[int, int]] = attrs.field(factory=list)
+    """Beginnings and ends of what `zeroes` said."""
 
     async def start(self) -> None:
         size = span(self.access)
@@ -93,6 +95,9 @@ class _Player:
             (start, for_write, extents)
             for start, for_write, extents in self.answers
             if start >= offset + length or start + _length(extents) <= offset
+        ]
+        self.zeroes = [
+            (start, end) for start, end in self.zeroes if start >= offset + length or end <= offset
         ]
 
     async def play(self, kind: str, place: int, count: int, seed: int) -> None:
@@ -148,6 +153,8 @@ class _Player:
     def resolve(self, offset: int, length: int, *, for_write: bool) -> None:
         extents = self.access.resolve(offset, length, for_write=for_write)
         if not extents:
+            if not for_write:
+                self.zeroes = [*self.zeroes[-15:], self._zeroes(offset, length)]
             return
         end = offset + _length(extents)
         assert end <= self.access.geometry.size, "resolve answers beyond the disk"
@@ -157,12 +164,22 @@ class _Player:
             assert not extent.offset % alignment, "resolve answers a misaligned extent"
         self.answers = [*self.answers[-15:], (offset, for_write, extents)]
 
+    def _zeroes(self, offset: int, length: int) -> tuple[int, int]:
+        end = offset + self.access.zeroes(offset, length)
+        assert offset <= end <= self.access.geometry.size, "there are zeroes outside the disk"
+        return offset, end
+
     def check_answers(self) -> None:
         """What all answers that were not taken back say now."""
         for start, _, extents in self.answers:
             length = min(_length(extents), len(self.model) - start, 64 << 10)
             assert read_host(self.access, extents, length) == self.model[start : start + length], (
                 f"the resolved extent at {start} does not hold the disk's bytes (any more)"
+            )
+
+        for start, end in self.zeroes:
+            assert not any(self.model[start : min(end, start + (64 << 10))]), (
+                f"there are no zeroes at {start} (any more)"
             )
 
     async def compare(self) -> None:

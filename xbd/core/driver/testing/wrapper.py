@@ -67,6 +67,9 @@ class Wrapper(BlockDevice):
     def resolve(self, offset: int, length: int, *, for_write: bool) -> Sequence[HostExtent] | None:
         return self.inner.resolve(offset, length, for_write=for_write)
 
+    def zeroes(self, offset: int, length: int) -> int:
+        return self.inner.zeroes(offset, length)
+
     def can_place(self, offset: int, length: int) -> bool:
         return self.inner.can_place(offset, length)
 

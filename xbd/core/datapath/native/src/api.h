@@ -45,6 +45,9 @@ struct xbd_piece {
     uint64_t length;
 };
 
+/* In the place of a file, for reading: there are zeroes.  The position is the offset of the disk. */
+enum { XBD_ZEROES = -2 };
+
 /* What a disk's driver answered to `resolve`. */
 xbd_extents *xbd_extents_new(void);
 /* When no connection uses it any more. */
@@ -79,10 +82,11 @@ xbd_claims *xbd_claims_new(xbd_extents *extents);
 /* When no connection uses it any more. */
 void xbd_claims_free(xbd_claims *claims);
 /* Before anything is lent or supplied: the file, for data and for entries.  `unit`: bytes, a power of two.  An entry
- * is a place (an offset) | bits.  `behind`: units that lie nowhere don't read as zeroes; the extents for reading say
- * where that is, and what is around a first write is copied to the new place, and made durable by syncing `fd`,
- * before the entry is made.  False: out of memory. */
-bool xbd_claims_begin(xbd_claims *claims, int fd, int table_fd, uint64_t unit, uint64_t bits, bool behind);
+ * is a place (an offset) | bits.  `behind`: not all units that lie nowhere read as zeroes; the extents for reading
+ * say which do.  Where they don't, and `copying`, what is around a first write is copied to the new place, and made
+ * durable by syncing `fd`, before the entry is made.  False: out of memory. */
+bool xbd_claims_begin(xbd_claims *claims, int fd, int table_fd, uint64_t unit, uint64_t bits, bool behind,
+                      bool copying);
 /* Lends the entries of `count` units from this offset of the disk on, which lie at `position` in the file.  Until
  * they are taken back the memory stays, and only the I/O threads write to it. */
 void xbd_claims_lend(xbd_claims *claims, uint64_t offset, uint64_t *entries, uint64_t count, uint64_t position);
@@ -92,8 +96,9 @@ void xbd_claims_take_back(xbd_claims *claims, uint64_t offset);
  * in the memory lent and among the extents.  Whether all of the range may be known now; if not, the driver has to be
  * asked. */
 bool xbd_claims_take(xbd_claims *claims, uint64_t offset, uint64_t length);
-/* Whether first writes to the range could be made by copying, if the extents for reading are known. */
-bool xbd_claims_can_copy(xbd_claims *claims, uint64_t offset, uint64_t length);
+/* Whether there are places and entries for first writes to all units of the range; what they read as is not looked
+ * at. */
+bool xbd_claims_are_free(xbd_claims *claims, uint64_t offset, uint64_t length);
 /* Fetches places that were written to, and that no entry names; how many.  After that, nobody uses them. */
 unsigned xbd_claims_spoilt(xbd_claims *claims, uint64_t *places, unsigned most);
 /* More places, each a unit of zeroes in the file that only waits for its first entry; how many there is room for. */

@@ -38,7 +38,8 @@ struct xbd_claims {
     int fd, table_fd;
     unsigned shift;                 /* a unit has 1 << shift bytes */
     uint64_t bits;                  /* of an entry, beside its place */
-    atomic_bool behind;             /* units that lie nowhere don't read as zeroes */
+    bool behind;                    /* units that lie nowhere may read as something else than zeroes */
+    atomic_bool copying;            /* then it is copied */
     unsigned oldest;                /* the loan to give up when there are too many */
     unsigned next_place, nr_places, nr_spoilt;
     unsigned few;                   /* places; with less, the driver is asked for more, once */
@@ -79,6 +80,17 @@ static bool is_known(xbd_claims *claims, uint64_t start, uint64_t end)
     return xbd_extents_find(claims->extents, true, start, end - start, pieces, MAX_PIECES) > 0;
 }
 
+static bool reads_as_zeroes(xbd_claims *claims, uint64_t unit)
+{
+    struct xbd_piece pieces[MAX_PIECES];
+    unsigned number = xbd_extents_find(claims->extents, false, unit << claims->shift, (uint64_t)1 << claims->shift,
+                                       pieces, MAX_PIECES);
+    for (unsigned i = 0; i < number; i++)
+        if (pieces[i].fd != XBD_ZEROES)
+            return false;
+    return number;
+}
+
 /* The units of the range that need places; false: there are others of which nothing is known here. */
 static bool choose(xbd_claims *claims, uint64_t offset, uint64_t end, struct claim *chosen, unsigned *number)
 {
@@ -94,6 +106,8 @@ static bool choose(xbd_claims *claims, uint64_t offset, uint64_t end, struct cla
             continue;
         }
         if (*number == MOST_UNITS || *number == claims->nr_places)
+            return false;
+        if (claims->behind && !reads_as_zeroes(claims, unit))
             return false;
         chosen[(*number)++] = claim;
     }
@@ -178,7 +192,7 @@ static bool anything_lent(const xbd_claims *claims)
 
 bool xbd_claims_take(xbd_claims *claims, uint64_t offset, uint64_t length)
 {
-    if (!anything_lent(claims) || atomic_load_explicit(&claims->behind, memory_order_relaxed))
+    if (!anything_lent(claims))
         return false;
     if (!length || length > UINT64_MAX - offset)
         return false;
@@ -197,7 +211,7 @@ bool claims_run_low(xbd_claims *claims)
 
 bool claims_copy(const xbd_claims *claims)
 {
-    return anything_lent(claims) && atomic_load_explicit(&claims->behind, memory_order_relaxed);
+    return anything_lent(claims) && atomic_load_explicit(&claims->copying, memory_order_relaxed);
 }
 
 /* All units of the range; false: some can't be claimed, or must not be now. */
@@ -304,7 +318,8 @@ static void take_all_back(xbd_claims *claims)
     claims->nr_loans = 0;
 }
 
-bool xbd_claims_begin(xbd_claims *claims, int fd, int table_fd, uint64_t unit, uint64_t bits, bool behind)
+bool xbd_claims_begin(xbd_claims *claims, int fd, int table_fd, uint64_t unit, uint64_t bits, bool behind,
+                      bool copying)
 {
     pthread_mutex_lock(&claims->lock);
     if (!claims->room)
@@ -312,7 +327,8 @@ bool xbd_claims_begin(xbd_claims *claims, int fd, int table_fd, uint64_t unit, u
     bool possible = claims->room;
     take_all_back(claims);
     claims->nr_places = claims->nr_spoilt = 0;
-    atomic_store(&claims->behind, behind);
+    claims->behind = behind;
+    atomic_store(&claims->copying, copying);
     claims->fd = fd;
     claims->table_fd = table_fd;
     claims->shift = (unsigned)__builtin_ctzll(unit);
@@ -385,10 +401,10 @@ unsigned xbd_claims_spoilt(xbd_claims *claims, uint64_t *places, unsigned most)
     return number;
 }
 
-bool xbd_claims_can_copy(xbd_claims *claims, uint64_t offset, uint64_t length)
+bool xbd_claims_are_free(xbd_claims *claims, uint64_t offset, uint64_t length)
 {
     struct claim chosen[MOST_UNITS];
-    if (!claims_copy(claims) || !length || length > UINT64_MAX - offset)
+    if (!anything_lent(claims) || !length || length > UINT64_MAX - offset)
         return false;
     pthread_mutex_lock(&claims->lock);
     uint64_t first = offset >> claims->shift;

@@ -18,7 +18,7 @@ struct claimed {
 
 /* Whether the driver should be asked for more places: true once. */
 bool claims_run_low(xbd_claims *claims);
-/* Whether first writes have to copy what is around them, so that xbd_claims_take is of no use. */
+/* Whether first writes may copy what is around them, where xbd_claims_take can't help. */
 bool claims_copy(const xbd_claims *claims);
 /* Places for all units of the range, which lie nowhere.  False: there is something in the way, or are no places. */
 bool claims_reserve(xbd_claims *claims, uint64_t offset, uint64_t end, struct claimed *claimed);

@@ -172,7 +172,8 @@ static bool plan_fetching(struct copy *copy, unsigned *number)
         found[i] = xbd_extents_find(extents, false, gap->start, gap->end - gap->start, pieces[i], MAX_PIECES);
         if (!found[i])
             return false;
-        *number += found[i];
+        for (unsigned j = 0; j < found[i]; j++)
+            *number += pieces[i][j].fd != XBD_ZEROES;
     }
     copy->operations = make_operations(*number, *number);
     if (!copy->operations)
@@ -181,11 +182,18 @@ static bool plan_fetching(struct copy *copy, unsigned *number)
     struct iovec *iov = (struct iovec *)(void *)(copy->operations + *number);
     for (unsigned i = 0; i < GAPS; i++) {
         unsigned char *memory = copy->gaps[i].memory;
-        for (unsigned j = 0; j < found[i]; j++, operation++, iov++) {
+        for (unsigned j = 0; j < found[i]; j++) {
             const struct xbd_piece *piece = &pieces[i][j];
-            *iov = (struct iovec){.iov_base = memory, .iov_len = piece->length};
-            *operation = (struct operation){
-                .iov = iov, .nr_iov = 1, .fd = piece->fd, .position = piece->position, .length = piece->length};
+            if (piece->fd == XBD_ZEROES) {
+                memset(memory, 0, piece->length);
+            } else {
+                *iov = (struct iovec){.iov_base = memory, .iov_len = piece->length};
+                *operation++ = (struct operation){.iov = iov++,
+                                                  .nr_iov = 1,
+                                                  .fd = piece->fd,
+                                                  .position = piece->position,
+                                                  .length = piece->length};
+            }
             memory += piece->length;
         }
     }

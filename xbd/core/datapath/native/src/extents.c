@@ -479,7 +479,7 @@ static void put(struct known *known, uint64_t start, uint64_t end, int fd, uint6
 
 static bool is_possible(uint64_t start, uint64_t end, int fd, uint64_t position)
 {
-    return start < end && fd >= 0 && position <= INT64_MAX && end - start <= INT64_MAX - position;
+    return start < end && (fd >= 0 || fd == XBD_ZEROES) && position <= INT64_MAX && end - start <= INT64_MAX - position;
 }
 
 bool xbd_extents_put(xbd_extents *extents, bool for_write, uint64_t start, uint64_t end, int fd, uint64_t position)

@@ -380,6 +380,19 @@ unsigned cut_memory(struct iovec *to, const struct iovec **from, size_t *used, u
     return number;
 }
 
+static void free_pieces(struct work *work)
+{
+    if (work->pieces)
+        free(work->pieces);
+    work->pieces = NULL;
+}
+
+static void clear_memory(const struct iovec *iov, unsigned number)
+{
+    for (unsigned i = 0; i < number; i++)
+        memset(iov[i].iov_base, 0, iov[i].iov_len);
+}
+
 /* A transfer in several places: its memory is cut where they end.  False: out of memory. */
 static bool start_split(struct work *work, const struct xbd_piece *pieces, unsigned number)
 {
@@ -390,15 +403,26 @@ static bool start_split(struct work *work, const struct xbd_piece *pieces, unsig
         return false;
     struct iovec *to = (struct iovec *)(void *)(operations + number);
     size_t used = 0;                    /* of the part of memory that is being cut */
+    unsigned count = 0;
     for (unsigned i = 0; i < number; i++) {
-        struct operation *operation = &operations[i];
-        *operation = (struct operation){
-            .iov = to, .fd = pieces[i].fd, .position = pieces[i].position, .length = pieces[i].length};
-        operation->nr_iov = cut_memory(to, &from, &used, pieces[i].length);
-        to += operation->nr_iov;
+        unsigned nr_iov = cut_memory(to, &from, &used, pieces[i].length);
+        if (pieces[i].fd == XBD_ZEROES)
+            clear_memory(to, nr_iov);
+        else
+            operations[count++] = (struct operation){.iov = to,
+                                                     .nr_iov = nr_iov,
+                                                     .fd = pieces[i].fd,
+                                                     .position = pieces[i].position,
+                                                     .length = pieces[i].length};
+        to += nr_iov;
     }
     work->pieces = operations;
-    start(work, operations, number);
+    if (count) {
+        start(work, operations, count);
+    } else {
+        free_pieces(work);
+        work_finish(work, RSP_OKAY);
+    }
     return true;
 }
 
@@ -443,7 +467,7 @@ static void set_off(struct work *work, struct queue *up)
         else if (!number && write && claim(work, pieces, &number))
             return;
     }
-    if (number == 1)
+    if (number == 1 && pieces->fd != XBD_ZEROES)
         start_whole(work, pieces);
     else if (number == 0 || !start_split(work, pieces, number))
         ask(work, up);
@@ -664,9 +688,7 @@ static void work_moved(struct operation *operation, int64_t result)
         work->moved = false;
     if (--work->operations)
         return;
-    if (work->pieces)
-        free(work->pieces);
-    work->pieces = NULL;
+    free_pieces(work);
     ring->moving--;
     if (work->moved || ring->stopping) {
         work_finish(work, RSP_OKAY);
