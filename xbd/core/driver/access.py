@@ -415,7 +415,7 @@ class DeviceAccess:
     async def place(self, extents: Sequence[Extent]) -> None:
         """Have `resolve` know more of these ranges for writing: see `BlockDevice.place`."""
         self._require(Capability.WRITE, "written", errno.EROFS)
-        low, high = _reach(extents) if extents else (0, 0)
+        low, high = _reach(extents) if extents else (0, self._geometry.size)
         async with self._ranges.hold(low, high, exclusive=False):
             self._check(low, high)  # the disk may have shrunk while we waited
             await self._call("placing", low, high, partial(self._device.place, extents))
