@@ -198,9 +198,11 @@ def run_mutants(compiler: str) -> None:
     print("mutants, and first where nothing is wrong:", flush=True)
     for scenario in sorted({mutant.scenario for mutant in MUTANTS if not mutant.command}):
         check("", *stress_command(scenario, CONTROL_SECONDS))
-    missed = [mutant.name for mutant in MUTANTS if not hunt(compiler, mutant)]
+    missed = [mutant for mutant in MUTANTS if not hunt(compiler, mutant)]
+    # Some depend on what two processors do at the same time, which others' work can hide.
+    missed = [mutant for mutant in missed if not hunt(compiler, mutant)]
     if missed:
-        raise Failure("not found: " + "; ".join(missed))
+        raise Failure("not found: " + "; ".join(mutant.name for mutant in missed))
     print(f"{len(MUTANTS)} mutants, all found", flush=True)
 
 
