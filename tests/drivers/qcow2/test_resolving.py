@@ -99,14 +99,19 @@ class Opened:
     cluster: int
 
     def one_by_one(self, offset: int, length: int, *, for_write: bool) -> list[HostExtent]:
+        """Those that follow each other as one."""
         extents: list[HostExtent] = []
         end = offset + length
         while offset < end and len(extents) < MOST_EXTENTS:
             extent = self.image.resolve(offset, end - offset, for_write=for_write)
             if extent is None:
                 break
-            extents.append(extent)
             offset += extent.length
+            last = extents[-1] if extents else None
+            if last and last.fd == extent.fd and last.offset + last.length == extent.offset:
+                extents[-1] = attrs.evolve(last, length=last.length + extent.length)
+            else:
+                extents.append(extent)
         return extents
 
     def look(self, offset: int, length: int, *, for_write: bool) -> int:

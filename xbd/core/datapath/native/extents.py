@@ -37,6 +37,9 @@ class NativeExtents:
         self._whole = [True, True]
         """By direction: whether all extents so far ended where a chunk ends; what the driver
         says of a chunk's beginning is then true of the chunk."""
+        self._many = False
+        """Whether the driver has ever told several extents at a time: then regions are learnt as a
+        whole, so that answers fit each other without gaps."""
 
     def learn(self, offset: int, length: int, *, for_write: bool) -> bool:
         """Ask the driver where the range lies, if need be.  Whether all of it is known now."""
@@ -46,7 +49,9 @@ class NativeExtents:
         while at < stop:
             chunk: int = lib.xbd_extents_chunk(self.handle, for_write)
             start = at - at % chunk
-            reach = self._ask(start, stop, for_write)
+            reach = self._ask(at - at % _REGION, stop, for_write) if self._many else 0
+            if reach <= at:
+                reach = self._ask(start, stop, for_write)
             if reach <= at and start < at and not self._whole[for_write]:
                 reach = self._ask(at, stop, for_write)
             if reach <= at:
@@ -83,6 +88,7 @@ class NativeExtents:
         """Learn where the range's beginning lies; how far."""
         losses = lib.xbd_extents_losses(self.handle)
         answer: Sequence[HostExtent] = self._resolve(start, stop - start, for_write=for_write) or ()
+        self._many = self._many or len(answer) > 1
         for extent in answer:
             end = start + extent.length
             if not self._add(start, end, extent.fd, extent.offset, losses, for_write):
