@@ -52,7 +52,8 @@ xbd snapshot "$name" before-upgrade
 xl block-detach files xvdb
 wait_guest files 300
 equal "the base as the guest reads it" "$(result files base)" "$content"
-[ "$freed" -ge 28 ] || fail "trimming 32 MiB has freed $freed MiB of the image"
+# What is written next, 4 MiB, may be there already, and some clusters more are reserved.
+[ "$freed" -ge 22 ] || fail "trimming 32 MiB has freed $freed MiB of the image"
 [ "$(console files | grep -a -c 'err= 0')" -ge 1 ] || fail "no job without an error"
 if console files | grep -a -q 'err=[^ ]* *[1-9]'; then fail "a job with an error"; fi
 qemu-img check web.qcow2
