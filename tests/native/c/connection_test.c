@@ -135,6 +135,7 @@ static void test_zeroes(void)
     CHECK(xbd_extents_put(bed.extents, false, FIRST, BEHIND, XBD_ZEROES, FIRST));
     CHECK(xbd_extents_put(bed.extents, false, BEHIND, bed.setup.size, bed.files[0], BEHIND));
     CHECK(!xbd_extents_put(bed.extents, false, FIRST, BEHIND, -1, FIRST));
+    CHECK(!xbd_extents_put(bed.extents, true, FIRST, BEHIND, XBD_ZEROES, FIRST));
     expect_read(FIRST / SECTOR, 1, FIRST, BEHIND);
     expect_read(FIRST / SECTOR, 32, FIRST, BEHIND);
     expect_read(FIRST / SECTOR - 5, 2, FIRST, BEHIND);

@@ -214,7 +214,7 @@ bool claims_copy(const xbd_claims *claims)
     return anything_lent(claims) && atomic_load_explicit(&claims->copying, memory_order_relaxed);
 }
 
-/* All units of the range; false: some can't be claimed, or must not be now. */
+/* These units; false: some can't be claimed, or must not be now. */
 static bool choose_all(xbd_claims *claims, uint64_t first, uint64_t number, struct claim *chosen)
 {
     if (atomic_load(&claims->pauses))
@@ -227,33 +227,31 @@ static bool choose_all(xbd_claims *claims, uint64_t first, uint64_t number, stru
     return true;
 }
 
+/* All units of the range, for which there are places; how many.  0: as above, or there are not enough. */
+static unsigned choose_range(xbd_claims *claims, uint64_t offset, uint64_t end, struct claim *chosen)
+{
+    uint64_t first = offset >> claims->shift;
+    uint64_t number = ((end - 1) >> claims->shift) - first + 1;
+    bool possible = number <= MOST_UNITS && number <= claims->nr_places && choose_all(claims, first, number, chosen);
+    return possible ? (unsigned)number : 0;
+}
+
 static void put_place(xbd_claims *claims, uint64_t place)
 {
     claims->room->places[(claims->next_place + claims->nr_places++) % MOST_PLACES] = place;
 }
 
-static bool reserve(xbd_claims *claims, uint64_t offset, uint64_t end, struct claimed *claimed)
-{
-    struct claim chosen[MOST_UNITS];
-    uint64_t first = offset >> claims->shift;
-    uint64_t number = ((end - 1) >> claims->shift) - first + 1;
-    if (number > MOST_UNITS || number > claims->nr_places || !choose_all(claims, first, number, chosen))
-        return false;
-    claimed->first = first;
-    claimed->number = (unsigned)number;
-    claimed->shift = claims->shift;
-    claimed->fd = claims->fd;
-    for (unsigned i = 0; i < number; i++)
-        claimed->places[i] = next_place(claims);
-    return true;
-}
-
 bool claims_reserve(xbd_claims *claims, uint64_t offset, uint64_t end, struct claimed *claimed)
 {
+    struct claim chosen[MOST_UNITS];
     pthread_mutex_lock(&claims->lock);
-    bool reserved = reserve(claims, offset, end, claimed);
+    unsigned number = choose_range(claims, offset, end, chosen);
+    *claimed = (struct claimed){
+        .first = offset >> claims->shift, .number = number, .shift = claims->shift, .fd = claims->fd};
+    for (unsigned i = 0; i < number; i++)
+        claimed->places[i] = next_place(claims);
     pthread_mutex_unlock(&claims->lock);
-    return reserved;
+    return number;
 }
 
 void claims_return(xbd_claims *claims, const struct claimed *claimed)
@@ -407,9 +405,7 @@ bool xbd_claims_are_free(xbd_claims *claims, uint64_t offset, uint64_t length)
     if (!anything_lent(claims) || !length || length > UINT64_MAX - offset)
         return false;
     pthread_mutex_lock(&claims->lock);
-    uint64_t first = offset >> claims->shift;
-    uint64_t number = ((offset + length - 1) >> claims->shift) - first + 1;
-    bool possible = number <= MOST_UNITS && number <= claims->nr_places && choose_all(claims, first, number, chosen);
+    bool possible = choose_range(claims, offset, offset + length, chosen);
     pthread_mutex_unlock(&claims->lock);
     return possible;
 }

@@ -108,11 +108,6 @@ static uint64_t end_of(const struct copy *copy)
     return (copy->claimed.first + copy->claimed.number) << copy->claimed.shift;
 }
 
-static const struct request *request_of(const struct copy *copy)
-{
-    return &copy->work->transfer.request;
-}
-
 static bool add_gap(struct copy *copy, unsigned which, uint64_t start, uint64_t end)
 {
     struct gap *gap = &copy->gaps[which];
@@ -127,7 +122,7 @@ static bool add_gap(struct copy *copy, unsigned which, uint64_t start, uint64_t 
 /* What is to be copied; false: too much at a time. */
 static bool find_gaps(struct copy *copy)
 {
-    const struct request *request = request_of(copy);
+    const struct request *request = &copy->work->transfer.request;
     uint64_t start = start_of(copy);
     uint64_t end = end_of(copy);
     uint64_t first = request->offset;
@@ -230,7 +225,7 @@ bool copy_begin(struct work *work)
     queue_init(&copy->followers);
     unsigned number = 0;
     if (!claims_reserve(claims, request->offset, request->offset + request->length, &copy->claimed)) {
-        free(copy);
+        free_copy(copy);
         return false;
     }
     if (copy->claimed.shift < LEAST_SHIFT || copy->claimed.shift > MOST_SHIFT ||
@@ -291,8 +286,7 @@ static void synced(struct operation *operation, int64_t result);
 /* Begins a sync for all that are stored, unless there is one. */
 static void sync_stored(struct ring *ring)
 {
-    bool any = false;
-    int fd = -1;
+    int fd = -1;                            /* nothing is stored */
     if (ring->syncing)
         return;
     for (struct copy *copy = ring->copies; copy; copy = copy->next) {
@@ -300,9 +294,8 @@ static void sync_stored(struct ring *ring)
             continue;
         copy->step = SYNCING;
         fd = copy->claimed.fd;
-        any = true;
     }
-    if (!any)
+    if (fd < 0)
         return;
     ring->syncing = true;
     STRESS_POINT(COPY_SYNC);
@@ -336,14 +329,13 @@ static void synced(struct operation *operation, int64_t result)
 static unsigned whole_memory(const struct copy *copy, struct iovec *whole)
 {
     const struct transfer *transfer = &copy->work->transfer;
-    const struct gap *before = &copy->gaps[0];
+    const struct gap *before = &copy->gaps[0];      /* from the first unit's beginning on */
     const struct gap *behind = copy->gaps[1].memory ? &copy->gaps[1] : before;
     uint64_t first = transfer->request.offset;
     uint64_t last = first + transfer->request.length;
     unsigned number = 0;
     if (first > start_of(copy))
-        whole[number++] = (struct iovec){
-            .iov_base = before->memory + (start_of(copy) - before->start), .iov_len = first - start_of(copy)};
+        whole[number++] = (struct iovec){.iov_base = before->memory, .iov_len = first - start_of(copy)};
     memcpy(whole + number, transfer->iov, transfer->nr_iov * sizeof(*whole));
     number += transfer->nr_iov;
     if (last < end_of(copy))

@@ -477,15 +477,16 @@ static void put(struct known *known, uint64_t start, uint64_t end, int fd, uint6
         insert(known, tail, end, fd, position + (tail - start));
 }
 
-static bool is_possible(uint64_t start, uint64_t end, int fd, uint64_t position)
+static bool is_possible(bool for_write, uint64_t start, uint64_t end, int fd, uint64_t position)
 {
-    return start < end && (fd >= 0 || fd == XBD_ZEROES) && position <= INT64_MAX && end - start <= INT64_MAX - position;
+    bool somewhere = fd >= 0 || (fd == XBD_ZEROES && !for_write);
+    return somewhere && start < end && position <= INT64_MAX && end - start <= INT64_MAX - position;
 }
 
 bool xbd_extents_put(xbd_extents *extents, bool for_write, uint64_t start, uint64_t end, int fd, uint64_t position)
 {
     struct known *known = &extents->known[for_write];
-    if (!is_possible(start, end, fd, position))
+    if (!is_possible(for_write, start, end, fd, position))
         return false;
     pthread_mutex_lock(&extents->lock);
     begin_change(known);
@@ -525,7 +526,7 @@ bool xbd_extents_add(xbd_extents *extents, bool for_write, uint64_t start, uint6
                      uint32_t losses)
 {
     struct known *known = &extents->known[for_write];
-    if (!is_possible(start, end, fd, position))
+    if (!is_possible(for_write, start, end, fd, position))
         return false;
     pthread_mutex_lock(&extents->lock);
     bool lost = xbd_extents_losses(extents) != losses;
