@@ -64,7 +64,8 @@ _OWNED_SECONDS: Final = 0.001
 """How long others leave trio's thread to who used it for long work."""
 
 SCAN_ENTRIES: Final = 128
-"""Clusters or subclusters that one answer of `resolve` looks at: some 10 us at most."""
+"""Clusters or subclusters that one answer of `resolve` or `zeroes` looks at: some 10 us where they
+follow each other."""
 
 
 @asynccontextmanager
@@ -330,10 +331,11 @@ class Qcow2Device(BlockDevice):
             raise Unsupported(
                 f"{self.image} can be made smaller only when it is not in use: xbd image resize"
             )
-        try:
-            await self._run(set_size, self.image, self._zeroer, size)
-        finally:
-            await self._invalidate_clusters(old, size)
+        with trio.CancelScope(shield=True):
+            try:
+                await self._run(set_size, self.image, self._zeroer, size)
+            finally:
+                await self._invalidate_clusters(old, size)
         return self.geometry
 
     async def create_snapshot(self, name: str) -> None:
