@@ -254,8 +254,8 @@ class Claims(Protocol):
     """
 
     @property
-    def copies(self) -> bool:
-        """Whether units may have something `behind`, and can be copied."""
+    def largest_copy(self) -> int:
+        """Bytes of the largest unit that is copied; 0: there can't be anything `behind`."""
 
     def begin(
         self,
@@ -270,8 +270,8 @@ class Claims(Protocol):
         """Before everything else.  `fd`, `table_fd`: for data and for entries, open until `end`.
 
         `unit`: bytes, a power of two.  `bits`: what an entry has beside its place.  `behind`: not
-        all units that lie nowhere read as zeroes; only if it `copies`.  `copying`: then it does so,
-        and syncs `fd`, whose failures have to be seen by other descriptors of the file as well.
+        all units that lie nowhere read as zeroes.  `copying`: those are copied, and `fd` is synced,
+        whose failures have to be seen by other descriptors of the file as well.
         """
 
     def lend(self, offset: int, entries: array[int], position: int) -> None:

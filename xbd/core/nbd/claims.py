@@ -52,8 +52,8 @@ class TableClaims:
 
     # -- for the driver ---------------------------------------------------------------------
 
-    copies: Final = False
-    """See `Claims.copies`."""
+    largest_copy: Final = 0
+    """See `Claims.largest_copy`."""
 
     def begin(
         self,

@@ -30,9 +30,6 @@ STREAK: Final = MIB
 MOST_AHEAD: Final = 4 * MIB
 """In bytes: what is linked ahead at a time, and stays so where the streak ends."""
 
-LARGEST_COPIED_BITS: Final = 16
-"""Of clusters that the data path copies: 64 KiB."""
-
 FIRST_LOT: Final = 16
 LARGEST_LOT: Final = LONGEST_RUN
 """Clusters that the data path has to link by itself: at first, and when a guest goes on.  They
@@ -62,13 +59,6 @@ class Placer:
         """Whether a new cluster reads as what was not there, and is all there is to it."""
         self._behind = plain and image.backing is not None
         """Whether it is so where what lies behind reads as zeroes."""
-        self._copying = (
-            self._behind
-            # Whoever syncs a descriptor of its own leaves it to others to see that this failed.
-            and image.data_host.direct
-            and self._bits <= LARGEST_COPIED_BITS
-        )
-        """Whether a new cluster is what was not there, as soon as it is copied."""
         self._streak = 0
         """Clusters linked one after the other, and `_next` behind them."""
         self._next = 0
@@ -83,27 +73,41 @@ class Placer:
         if self.image.broken is not None:
             return False
         if self._behind:
-            return claims is not None and claims.copies and self._can_be_claimed(offset, length)
+            return (
+                claims is not None
+                and claims.largest_copy > 0
+                and self._can_be_claimed(offset, length, self._copying(claims))
+            )
         if not self._possible:
             return False
-        first, last = offset >> self._bits, offset + length - 1 >> self._bits
-        index, place = divmod(first, self._tables.l2_entries)
+        clusters = self._clusters(offset, length)
+        index, place = divmod(clusters.start, self._tables.l2_entries)
         try:
             table = self._tables.cached(index)
         except CorruptImage:
             return False  # writing says what is wrong
-        return table is None or 0 in table[place : place + last - first + 1]
+        return table is None or 0 in table[place : place + len(clusters)]
 
-    def _can_be_claimed(self, offset: int, length: int) -> bool:
+    def _clusters(self, offset: int, length: int) -> range:
+        """Of the disk, that the range touches."""
+        return range(offset >> self._bits, (offset + length - 1 >> self._bits) + 1)
+
+    def _copying(self, claims: Claims) -> bool:
+        """Whether a new cluster is what was not there, as soon as it is copied."""
+        # Whoever syncs a descriptor of its own leaves it to others to see that this failed.
+        direct = self.image.data_host.direct
+        return self._behind and direct and 1 << self._bits <= claims.largest_copy
+
+    def _can_be_claimed(self, offset: int, length: int, copying: bool) -> bool:
         """Whether nothing of the range is here, and what lies behind is no obstacle.
 
         True also if that can't be said yet: `place` loads what tells it.
         """
         image, tables = self.image, self._tables
-        first, last = offset >> self._bits, offset + length - 1 >> self._bits
-        index, place = divmod(first, tables.l2_entries)
-        count = last - first + 1
-        start, size = first << self._bits, count << self._bits
+        clusters = self._clusters(offset, length)
+        index, place = divmod(clusters.start, tables.l2_entries)
+        count = len(clusters)
+        start, size = clusters.start << self._bits, count << self._bits
         if place + count > tables.l2_entries or start + size > image.size:
             return False
         try:
@@ -114,9 +118,7 @@ class Placer:
             return False  # writing says what is wrong
         if table is not None and any(table[place : place + count]):
             return False
-        return image.zeroes(start, size) >= size or (
-            self._copying and image.simply_lies(start, size)
-        )
+        return image.zeroes(start, size) >= size or (copying and image.simply_lies(start, size))
 
     def place(
         self,
@@ -165,9 +167,7 @@ class Placer:
     def _take(self, extent: Extent, new: _Changes) -> None:
         """For all clusters of a range that have no entry."""
         image, entries = self.image, self._tables.l2_entries
-        first = extent.offset >> self._bits
-        last = extent.offset + extent.length - 1 >> self._bits
-        for number in range(first, last + 1):
+        for number in self._clusters(extent.offset, extent.length):
             index, place = divmod(number, entries)
             if number in image.allocating or place in new.get(index, ()):
                 continue
@@ -205,35 +205,29 @@ class Placer:
             fd = image.host.fd
             unit = image.header.cluster_size
             table_fd = image.host.metadata_fd
-            behind, copying = self._behind, self._copying
+            behind, copying = self._behind, self._copying(claims)
             claims.begin(fd, table_fd, unit, COPIED, behind=behind, copying=copying)
             self._claims = claims
             image.before_closing.append(self._end)
-        reach = self._tables.l2_entries << self._bits
-        indexes = {extent.offset // reach for extent in extents}
-        indexes.update((extent.offset + extent.length - 1) // reach for extent in extents)
+        clusters = [self._clusters(extent.offset, extent.length) for extent in extents]
+        entries = self._tables.l2_entries
+        indexes = {end // entries for some in clusters for end in (some[0], some[-1])}
         self._give_back_spoilt(claims)
         if self._behind:
             for index in indexes:
                 writable_l2(image, index)
         # What was placed has its clusters; others need them now, and more is to come.
-        needed = self._clusters_of(extents) if self._behind else 0
+        needed = sum(map(len, clusters)) if self._behind else 0
         left = claims.supplied
         if left <= max(needed, self._lot // 2):
             wanted = max(self._lot, 2 * needed) - left
             more = max(min(wanted, image.refcounts.in_store), needed - left)
-            clusters = image.refcounts.take_many(more)
-            taken = claims.supply([cluster << self._bits for cluster in clusters])
-            image.refcounts.put_back(clusters[taken:])
+            fresh = image.refcounts.take_many(more)
+            taken = claims.supply([cluster << self._bits for cluster in fresh])
+            image.refcounts.put_back(fresh[taken:])
             self._lot = min(2 * self._lot, self._largest_lot)
         for index in indexes:
             self._tables.lend(index, claims)
-
-    def _clusters_of(self, extents: Sequence[Extent]) -> int:
-        return sum(
-            (extent.offset + extent.length - 1 >> self._bits) - (extent.offset >> self._bits) + 1
-            for extent in extents
-        )
 
     def _give_back_spoilt(self, claims: Claims) -> None:
         self.image.refcounts.release(sorted(place >> self._bits for place in claims.spoilt()))

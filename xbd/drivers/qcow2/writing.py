@@ -532,7 +532,7 @@ class Writer:
         except DriverError as error:
             for allocation in allocations:
                 _fail(allocation, error)
-                self._image.note_move(allocation.cluster, moved)
+                image.note_move(allocation.cluster, moved)
             self._give_up(index, allocations)
             return again
         for allocation in allocations:

@@ -31,8 +31,11 @@ class NativeClaims:
         self._lent: dict[int, Any] = {}
         """The memory of what is lent, by offset."""
 
-    copies: Final = True
-    """See `Claims.copies`."""
+    @property
+    def largest_copy(self) -> int:
+        """See `Claims.largest_copy`."""
+        largest: int = lib.XBD_LARGEST_COPY
+        return largest
 
     def begin(
         self,

@@ -14,7 +14,7 @@ from xbd.core.units import MIB
 _MAX_PIECES: Final = 64
 """Places in host files that one request may be spread over; as in the threads."""
 _REGION: Final = 4 * MIB
-"""Of the disk, in which drivers are asked from the beginning on before anything is copied."""
+"""Of the disk: drivers that tell many extents at a time are asked for it from the beginning on."""
 _pieces: Final[Any] = ffi.new("struct xbd_piece[]", _MAX_PIECES) if ffi is not None else None
 """Where they are told."""
 
@@ -37,9 +37,9 @@ class NativeExtents:
         self._whole = [True, True]
         """By direction: whether all extents so far ended where a chunk ends; what the driver
         says of a chunk's beginning is then true of the chunk."""
-        self._many = False
-        """Whether the driver has ever told several extents at a time: then regions are learnt as a
-        whole, so that answers fit each other without gaps."""
+        self._many = [False, False]
+        """By direction: whether the driver has ever told several extents at a time; then regions
+        are learnt as a whole, so that answers fit each other without gaps."""
 
     def learn(self, offset: int, length: int, *, for_write: bool) -> bool:
         """Ask the driver where the range lies, if need be.  Whether all of it is known now."""
@@ -49,7 +49,7 @@ class NativeExtents:
         while at < stop:
             chunk: int = lib.xbd_extents_chunk(self.handle, for_write)
             start = at - at % chunk
-            reach = self._ask(at - at % _REGION, stop, for_write) if self._many else 0
+            reach = self._ask(at - at % _REGION, stop, for_write) if self._many[for_write] else 0
             if reach <= at:
                 reach = self._ask(start, stop, for_write)
             if reach <= at and start < at and not self._whole[for_write]:
@@ -64,9 +64,6 @@ class NativeExtents:
         if not lib.xbd_claims_are_free(self.claims.handle, offset, length):
             return False
         start, stop = self.claims.whole_units(offset, length)
-        if not self._is_known(start, stop - start, False):
-            # Neighbours will be asked for; from here on, answers fit each other without gaps.
-            self._ask(start - start % _REGION, stop, False)
         if not self.learn(start, stop - start, for_write=False):
             return False
         return self.claims.copying or self._is_zero(start, stop - start)
@@ -88,7 +85,7 @@ class NativeExtents:
         """Learn where the range's beginning lies; how far."""
         losses = lib.xbd_extents_losses(self.handle)
         answer: Sequence[HostExtent] = self._resolve(start, stop - start, for_write=for_write) or ()
-        self._many = self._many or len(answer) > 1
+        self._many[for_write] |= len(answer) > 1
         for extent in answer:
             end = start + extent.length
             if not self._add(start, end, extent.fd, extent.offset, losses, for_write):

@@ -74,6 +74,9 @@ uint64_t xbd_extents_memory(const xbd_extents *extents);
 
 /* -- claims -------------------------------------------------------------------------------------------- */
 
+/* Bytes of the largest unit that is copied. */
+enum { XBD_LARGEST_COPY = 65536 };
+
 /* Parts of a driver's tables in which the I/O threads make entries by themselves, for writes to units of the disk
  * that lie nowhere.  An entry has 64 bits, 0 for such a unit; in memory they are in the machine's
  * order, in the file big-endian.  The functions may be called by any thread at any time, and may wait until the page

@@ -16,9 +16,6 @@
 #include "stress.h"
 
 enum {
-    LEAST_SHIFT = 12,               /* smaller and larger units are the driver's */
-    MOST_SHIFT = 16,
-    MEMORY_BYTES = 1 << MOST_SHIFT,
     MOST_MEMORY = 128,              /* buffers in use, of one thread */
     MOST_SPARE = 32,
     LITTLE = 16 << 10,              /* read in vain, rather than by one more read */
@@ -59,7 +56,7 @@ static void *take_memory(struct io_thread *thread)
     if (memory) {
         thread->memory = memory->next;
         thread->nr_memory--;
-    } else if (!(memory = aligned_alloc(PAGE, MEMORY_BYTES))) {
+    } else if (!(memory = aligned_alloc(PAGE, XBD_LARGEST_COPY))) {
         return NULL;
     }
     thread->memory_in_use++;
@@ -228,8 +225,9 @@ bool copy_begin(struct work *work)
         free_copy(copy);
         return false;
     }
-    if (copy->claimed.shift < LEAST_SHIFT || copy->claimed.shift > MOST_SHIFT ||
-        end_of(copy) > ring->limits.size || !find_gaps(copy) || !plan_fetching(copy, &number)) {
+    uint64_t unit = (uint64_t)1 << copy->claimed.shift;
+    if (unit < PAGE || unit > XBD_LARGEST_COPY || end_of(copy) > ring->limits.size || !find_gaps(copy) ||
+        !plan_fetching(copy, &number)) {
         claims_return(claims, &copy->claimed);
         free_copy(copy);
         return false;
