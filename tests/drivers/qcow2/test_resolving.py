@@ -15,8 +15,9 @@ from qcow2_walk import prose, tool
 from xbd.core.driver import HostExtent
 from xbd.core.units import GIB, KIB
 from xbd.drivers.qcow2.errors import CorruptImage
-from xbd.drivers.qcow2.image import MOST_EXTENTS, Image
+from xbd.drivers.qcow2.image import Image
 from xbd.drivers.qcow2.opening import Wishes, open_image
+from xbd.drivers.qcow2.resolving import MOST_EXTENTS
 
 pytestmark = pytest.mark.usefixtures("no_power_cuts")
 

@@ -37,8 +37,9 @@ from xbd.drivers.qcow2 import snapshots
 from xbd.drivers.qcow2.batches import Batches
 from xbd.drivers.qcow2.compressing import CompressedWriter
 from xbd.drivers.qcow2.host import PAGE
-from xbd.drivers.qcow2.image import Image, Moved
+from xbd.drivers.qcow2.image import Image
 from xbd.drivers.qcow2.layout import SECTOR
+from xbd.drivers.qcow2.moved import Moved
 from xbd.drivers.qcow2.opening import Wishes, open_image
 from xbd.drivers.qcow2.options import Qcow2Options
 from xbd.drivers.qcow2.placing import Placer

@@ -1,7 +1,7 @@
-"""An open qcow2 image: reading, what lies where, flushing, and its header.
+"""An open qcow2 image: who uses what of it, flushing, and its header.
 
-Blocking and thread-safe.  Writing is in `writing`, discarding and zeroing in `zeroing`; they
-share the locks and tables kept here.
+Blocking and thread-safe.  Reading is in `reading`, what lies where in `resolving`, writing in
+`writing`, discarding and zeroing in `zeroing`; they share the locks and tables kept here.
 
 Who uses host clusters without holding the lock (a read that is under way, I/O through resolved
 extents) holds a token from `enter` until `leave`: released clusters are not used again as long as
@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol
 
 import attrs
 
@@ -21,31 +21,25 @@ from xbd.core.driver import BlockStatus, DriverError, HostExtent, MediaError, Re
 from xbd.core.driver.buffers import aligned_buffer
 from xbd.core.hostio.failures import shown
 from xbd.core.units import MIB
-from xbd.drivers.qcow2 import layout
 from xbd.drivers.qcow2.compressed import ClusterCache, Codec, codec_for
 from xbd.drivers.qcow2.errors import CorruptImage
 from xbd.drivers.qcow2.header import Header, pack_header
 from xbd.drivers.qcow2.host import PAGE, Host
-from xbd.drivers.qcow2.layout import COPIED, Incompatible
+from xbd.drivers.qcow2.layout import Incompatible
 from xbd.drivers.qcow2.metadata import locate_metadata
 from xbd.drivers.qcow2.metadata_map import MetadataMap
+from xbd.drivers.qcow2.moved import Moved
 from xbd.drivers.qcow2.reading import Reader
-from xbd.drivers.qcow2.refcounts import LARGEST_OFFSET, Refcounts
+from xbd.drivers.qcow2.refcounts import Refcounts
+from xbd.drivers.qcow2.resolving import Resolver
 from xbd.drivers.qcow2.tables import Kind, Piece, Tables
 from xbd.drivers.qcow2.unpacking import Unpacker
-
-ExtentT = TypeVar("ExtentT", HostExtent, HostExtent | None)
 
 DEFAULT_CACHE_BYTES: Final = 8 * MIB
 """L2 tables in memory: 64 GiB of clusters of 64 KiB."""
 
 MOST_RELEASED: Final = 256
 """Runs of released clusters that wait for the guest to flush, before the image does."""
-
-_NOT_PLAIN: Final = layout.COMPRESSED | layout.ZERO
-
-MOST_EXTENTS: Final = 64
-"""That one look at the tables finds: some 50 us where no cluster follows the one before it."""
 
 
 class Backing(Protocol):
@@ -92,39 +86,6 @@ class Cipher(Protocol):
     def encrypt(self, data: bytearray | memoryview, first_sector: int) -> None: ...
 
 
-class Moved:
-    """Clusters of the disk that lie elsewhere now, until nobody looks for them where they were.
-
-    Who writes to them there meanwhile must not be answered: a reader would not see it.
-    """
-
-    def __init__(self) -> None:
-        self.stamp = 0
-        """Grows with each move."""
-        self._clusters: dict[int, int] = {}
-        """With the stamps of their last moves."""
-
-    def __contains__(self, cluster: int) -> bool:
-        return cluster in self._clusters
-
-    def note(self, cluster: int) -> None:
-        """It has moved.  Under the image's lock."""
-        self.stamp += 1
-        self._clusters[cluster] = self.stamp
-
-    def first(self, start: int, stop: int) -> int:
-        """The first one of these, or `stop`."""
-        if not self._clusters:
-            return stop
-        return min((one for one in list(self._clusters) if start <= one < stop), default=stop)
-
-    def settled(self, start: int, stop: int, stamp: int) -> None:
-        """What was known of these clusters when `stamp` was this is forgotten."""
-        for cluster, moved in list(self._clusters.items()):
-            if start <= cluster < stop and moved <= stamp:
-                del self._clusters[cluster]
-
-
 class Image:
     """An open image.  Use `opening.open_image`."""
 
@@ -167,9 +128,16 @@ class Image:
         """Of those who have something that was reserved: they give it back."""
         self._codec: Codec | None = None
         self.unpacker = Unpacker(host, header.cluster_bits, self.clusters, lambda: self.codec)
-        self._reader = Reader(self)
-        self.read = self._reader.read
-        self.read_known = self._reader.read_known
+        reader = Reader(self)
+        self.read = reader.read
+        self.read_known = reader.read_known
+        resolver = Resolver(self)
+        self.resolve = resolver.resolve
+        self.resolve_all = resolver.resolve_all
+        self.zeroes = resolver.zeroes
+        self.in_memory = resolver.in_memory
+        self.load = resolver.load
+        self.simply_lies = resolver.simply_lies
         self.broken: DriverError | None = None
         """Why nothing is written any more."""
         self._epoch = 0
@@ -293,211 +261,6 @@ class Image:
         if piece.kind is Kind.UNALLOCATED:
             return self.backing is None or self.backing.is_zero(piece.offset, piece.length)
         return piece.kind is Kind.ZERO
-
-    def resolve(self, offset: int, length: int, *, for_write: bool = False) -> HostExtent | None:
-        """Where the first bytes of a range simply lie.
-
-        Looks only at tables in memory, without the lock; each entry of the range costs time.
-        """
-        piece = self._locate(offset, length, for_write=for_write)
-        if piece is None:
-            return None
-        if piece.kind is Kind.UNALLOCATED:
-            assert self.backing is not None
-            return _shortened(self.backing.resolve(piece.offset, piece.length), piece.length)
-        return HostExtent(fd=self.data_host.fd, offset=piece.host, length=piece.length)
-
-    def resolve_all(self, offset: int, length: int, *, for_write: bool = False) -> list[HostExtent]:
-        """As `resolve`, for as much of a range as simply lies somewhere, up to `MOST_EXTENTS`."""
-        extents: list[HostExtent] = []
-        end = offset + length
-        while offset < end and len(extents) < MOST_EXTENTS:
-            if not for_write and (reach := self._scattered(offset, end, extents)) > offset:
-                offset = reach
-                continue
-            piece = self._locate(offset, end - offset, for_write=for_write)
-            if piece is None:
-                break
-            if piece.kind is Kind.UNALLOCATED:
-                assert self.backing is not None
-                found = self.backing.resolve_all(piece.offset, piece.length)
-            else:
-                found = [HostExtent(fd=self.data_host.fd, offset=piece.host, length=piece.length)]
-            found = found[: MOST_EXTENTS - len(extents)]
-            reach = sum(extent.length for extent in found)
-            if reach > piece.length:
-                found[-1] = _shortened(found[-1], found[-1].length - (reach - piece.length))
-            for extent in found:
-                _append(extents, extent)
-            offset += min(reach, piece.length)
-            if reach < piece.length:
-                break
-        return extents
-
-    def zeroes(self, offset: int, length: int) -> int:
-        """How much of a range reads as zeroes for sure, from its beginning on.  Behind the disk
-        there are zeroes.  Looks only at tables in memory."""
-        at, end = offset, offset + length
-        try:
-            while at < min(end, self.size):
-                reach = self._zero_reach(at, min(end, self.size) - at)
-                if not reach:
-                    return at - offset
-                at += reach
-        except CorruptImage:
-            return at - offset  # reading it says what is wrong
-        return length
-
-    def _zero_reach(self, offset: int, length: int) -> int:
-        """As `zeroes`, of the first piece of what lies inside the disk."""
-        piece = None
-        if not self.tables.extended:
-            piece = self._run(offset, length, holes=True)
-        if piece is None:
-            piece = next(self.tables.pieces(offset, length, wait=False), None)
-        if piece is None or piece.kind not in (Kind.ZERO, Kind.UNALLOCATED):
-            return 0
-        if piece.kind is Kind.UNALLOCATED and self.backing is not None:
-            return self.backing.zeroes(piece.offset, piece.length)
-        return piece.length
-
-    def _scattered(self, offset: int, end: int, extents: list[HostExtent]) -> int:
-        """Clusters that lie anywhere, for reading: as `_run`, but many at a time.  How far."""
-        tables, size = self.tables, self.tables.cluster_size
-        if tables.extended or self.cipher is not None or offset % size:
-            return offset
-        index, place = divmod(offset >> tables.bits, tables.l2_entries)
-        try:
-            table = tables.cached(index)
-        except CorruptImage:
-            table = None
-        if table is None:
-            return offset
-        fd, most = self.data_host.fd, LARGEST_OFFSET - size
-        whole = min(end, self.size) - offset >> tables.bits
-        start = following = 0
-        for entry in table[place : place + whole]:
-            host = entry & layout.OFFSET_MASK
-            if not host or entry & _NOT_PLAIN or host & size - 1 or host > most:
-                break
-            if host != following:
-                if following:
-                    _append(extents, HostExtent(fd=fd, offset=start, length=following - start))
-                    if len(extents) == MOST_EXTENTS:
-                        return offset
-                start = host
-            following = host + size
-            offset += size
-        if following:
-            _append(extents, HostExtent(fd=fd, offset=start, length=following - start))
-        return offset
-
-    def in_memory(self, offset: int, length: int) -> bool:
-        """Whether `resolve` and `zeroes` know all they can of a range.  No I/O."""
-        end = min(offset + length, self.size)
-        for piece in self.tables.pieces(offset, end - offset, wait=False):
-            offset += piece.length
-            behind = self.backing if piece.kind is Kind.UNALLOCATED else None
-            if behind is not None and not behind.in_memory(piece.offset, piece.length):
-                return False
-        return offset >= end
-
-    def load(self, offset: int, length: int) -> None:
-        """Have it so: see `in_memory`."""
-        for piece in self.pieces(offset, min(length, self.size - offset)):
-            if piece.kind is Kind.UNALLOCATED and self.backing is not None:
-                self.backing.load(piece.offset, piece.length)
-
-    def simply_lies(self, offset: int, length: int) -> bool:
-        """Whether all of a range lies somewhere or reads as zeroes, as far as is in memory."""
-        end = offset + length
-        while offset < end:
-            found = sum(extent.length for extent in self.resolve_all(offset, end - offset))
-            found = found or self.zeroes(offset, end - offset)
-            if not found:
-                return False
-            offset += found
-        return True
-
-    def _locate(self, offset: int, length: int, *, for_write: bool) -> Piece | None:
-        """The piece at `offset`, if it simply lies somewhere: here, or behind this image."""
-        if for_write and (not self.writable or self.broken is not None):
-            return None
-        if self.cipher is not None:
-            return None
-        try:
-            return self._locate_piece(offset, length, for_write=for_write)
-        except CorruptImage:
-            return None  # the slow way says what is wrong
-
-    def _locate_piece(self, offset: int, length: int, *, for_write: bool) -> Piece | None:
-        tables = self.tables
-        cluster = tables.cluster_size
-        length = min(length, self.size - offset)
-        if length <= 0:
-            return None
-        if tables.extended:
-            piece = next(tables.pieces(offset, length, wait=False), None)
-        else:
-            piece = self._run(offset, length, holes=self.backing is not None and not for_write)
-        if piece is None or piece.length <= 0:
-            return None
-        if piece.kind is Kind.UNALLOCATED and self.backing is not None and not for_write:
-            return piece
-        if piece.kind is not Kind.NORMAL or (for_write and not piece.writable):
-            return None
-        end = piece.host + piece.length
-        if end > LARGEST_OFFSET:
-            return None
-        if for_write and self.data_host is self.host:
-            first = piece.host // cluster
-            last = -(-end // cluster)
-            if last > self.refcounts.end or self.metadata.overlaps(first, last - first):
-                return None
-        if for_write and self.moved is not None:
-            first = offset // cluster
-            stop = self.moved.first(first, -(-(offset + piece.length) // cluster))
-            if stop == first:
-                return None
-            length = min(piece.length, stop * cluster - offset)
-            piece = attrs.evolve(piece, length=length)
-        return piece
-
-    def _run(self, offset: int, length: int, *, holes: bool) -> Piece | None:
-        """The piece at `offset`, of entries without subclusters: as `Tables.pieces`, but fast.
-
-        `holes`: unallocated ones too.
-        """
-        tables = self.tables
-        bits, entries = tables.bits, tables.l2_entries
-        index, place = divmod(offset >> bits, entries)
-        base = index * entries
-        last = min(entries, (offset + length - 1 >> bits) - base + 1)
-        table = tables.cached(index)
-        if table is None:
-            if tables.l2_offset(index) or not holes:
-                return None
-            stop = min((base + entries) << bits, offset + length)
-            return Piece(Kind.UNALLOCATED, offset, stop - offset)
-        entry = table[place]
-        if entry & (layout.COMPRESSED | layout.ZERO):
-            return None
-        if not tables.has_host(entry):
-            if not holes:
-                return None
-            same = table[place:last].tobytes()
-            place += (len(same) - len(same.lstrip(b"\0"))) // 8 or 1
-            stop = min((base + place) << bits, offset + length)
-            return Piece(Kind.UNALLOCATED, offset, stop - offset)
-        host = tables.host_offset(entry) + (offset & tables.cluster_size - 1)
-        step = tables.cluster_size
-        writable = bool(entry & tables.l1[index] & COPIED)
-        place += 1
-        while place < last and table[place] == entry + step:
-            entry += step
-            place += 1
-        stop = min((base + place) << bits, offset + length)
-        return Piece(Kind.NORMAL, offset, stop - offset, host, writable)
 
     # -- flushing -----------------------------------------------------------------------------
 
@@ -633,20 +396,6 @@ class Image:
         return shown(self.host.path)
 
 
-def _append(extents: list[HostExtent], more: HostExtent) -> None:
-    last = extents[-1] if extents else None
-    if last is not None and last.fd == more.fd and last.offset + last.length == more.offset:
-        extents[-1] = attrs.evolve(last, length=last.length + more.length)
-    else:
-        extents.append(more)
-
-
 def _try(reserve: Callable[[], None]) -> None:
     with suppress(DriverError):  # whoever needs a cluster hears of it
         reserve()
-
-
-def _shortened(extent: ExtentT, length: int) -> ExtentT:
-    if extent is None or extent.length <= length:
-        return extent
-    return attrs.evolve(extent, length=length)
