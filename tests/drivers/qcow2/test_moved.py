@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import AsyncIterator
+import sys
+import threading
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -13,10 +16,13 @@ import trio
 import trio.testing
 from qcow2_walk import tool
 
-from xbd.core.driver import BlockDevice, Extent, OpenContext, parse_options
+from xbd.core.driver import BlockDevice, Extent, OpenContext, WriteRequest, parse_options
 from xbd.core.driver.buffers import aligned_buffer
 from xbd.core.units import KIB, MIB
 from xbd.drivers.qcow2 import DRIVER
+from xbd.drivers.qcow2.moved import Moved
+from xbd.drivers.qcow2.opening import Wishes, open_image
+from xbd.drivers.qcow2.writing import Writer
 
 pytestmark = pytest.mark.usefixtures("no_power_cuts")
 
@@ -157,3 +163,64 @@ async def test_who_writes_to_what_is_given_up_waits_too(path: Path, zero: bool):
             held.set()
         extents = device.resolve(CLUSTER, PAGE, for_write=True)
         assert extents
+
+
+def test_who_moves_again_has_to_be_forgotten_again() -> None:
+    moved = Moved()
+    moved.note([3, 4])
+    stamp = moved.stamp
+    moved.note([4])
+    moved.settled(0, 10, stamp)
+    assert 3 not in moved
+    assert 4 in moved
+    assert (moved.first(0, 10), moved.first(5, 10)) == (4, 10)
+    moved.settled(0, 4, moved.stamp)
+    assert 4 in moved
+    moved.settled(0, 10, moved.stamp)
+    assert 4 not in moved
+
+
+def test_what_is_forgotten_during_a_move_has_to_be_forgotten_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody may have looked before the table was changed."""
+    image = open_image(path, Wishes(writable=True, image_dirs=[path.parent]))
+    moved = image.moved = Moved()
+    change = image.tables.change
+
+    def forgotten_first(index: int, words: Mapping[int, int]) -> None:
+        assert 3 in moved
+        moved.settled(0, 1000, moved.stamp)
+        change(index, words)
+
+    monkeypatch.setattr(image.tables, "change", forgotten_first)
+    Writer(image).write([WriteRequest(3 * CLUSTER, [memoryview(bytearray(PAGE))])])
+    assert 3 in moved
+    image.close()
+
+
+def test_moves_in_threads_while_others_look() -> None:
+    moved, count = Moved(), 3000
+
+    def move() -> None:
+        for cluster in range(count):
+            moved.note([cluster])
+
+    threads = [threading.Thread(target=move) for _ in range(2)]
+    interval, threshold = sys.getswitchinterval(), gc.get_threshold()
+    sys.setswitchinterval(1e-6)
+    gc.set_threshold(1)  # which lets others run in the middle of things
+    try:
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            stamp = moved.stamp
+            assert 0 <= moved.first(0, count) <= count
+            moved.settled(0, count, stamp)
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*threshold)
+        for thread in threads:
+            thread.join()
+    moved.settled(0, count, moved.stamp)
+    assert moved.first(0, count) == count

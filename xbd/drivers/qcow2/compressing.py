@@ -165,10 +165,9 @@ class CompressedWriter:
         words = {width * place: entry}
         if tables.extended:
             words[2 * place + 1] = 0
-        image.note_move(one.cluster, moved)
         one.kept = True
         try:
-            tables.change(index, words)
+            image.remap(index, words, moved)
         except DriverError:
             # What does the table name now?  If it can't be read, nothing is given up.
             there = tables.l2(index)

@@ -11,7 +11,7 @@ anyone may still look at what they held before.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final, Protocol
 
@@ -166,12 +166,25 @@ class Image:
         finally:
             self.leave(token)
 
-    def note_move(self, cluster: int, moved: list[tuple[int, int]] | None = None) -> None:
-        """A cluster of the disk lies elsewhere now; its range goes into `moved`.  Locked."""
+    def remap(
+        self, index: int, words: Mapping[int, int], moved: list[tuple[int, int]] | None = None
+    ) -> None:
+        """`Tables.change`, by which clusters of the disk lie elsewhere.  Locked.
+
+        Their ranges (offset and length) go into `moved`, also if it fails.
+        """
+        tables, width = self.tables, 2 if self.tables.extended else 1
+        clusters = {index * tables.l2_entries + word // width for word in words}
         if moved is not None:
-            moved.append((cluster << self.header.cluster_bits, self.header.cluster_size))
+            moved.extend((number << tables.bits, tables.cluster_size) for number in clusters)
         if self.moved is not None:
-            self.moved.note(cluster)
+            self.moved.note(clusters)
+        try:
+            tables.change(index, words)
+        finally:
+            if self.moved is not None:
+                # Who has forgotten them meanwhile may have found them where they were.
+                self.moved.note(clusters)
 
     # -- reading ------------------------------------------------------------------------------
 

@@ -146,10 +146,8 @@ class Placer:
                     self._take_ahead(new)
                 while new:
                     index, words = next(iter(new.items()))
-                    for place in words:
-                        image.note_move(index * self._tables.l2_entries + place, moved)
                     try:
-                        self._tables.change(index, words)
+                        image.remap(index, words, moved)
                     except DriverError:
                         self._keep_what_is_linked(index, words)
                         raise

@@ -520,7 +520,6 @@ class Writer:
     def _link_in(
         self, index: int, allocations: Sequence[_Allocation], moved: list[tuple[int, int]]
     ) -> list[_Part]:
-        image = self._image
         again: list[_Part] = []
         try:
             late = self._linked_meanwhile(index, allocations)
@@ -528,16 +527,14 @@ class Writer:
                 self._drop(allocation)
                 again += allocation.parts
             allocations = [one for one in allocations if one not in late]
-            self._store(index, allocations)
+            self._store(index, allocations, moved)
         except DriverError as error:
             for allocation in allocations:
                 _fail(allocation, error)
-                image.note_move(allocation.cluster, moved)
             self._give_up(index, allocations)
             return again
         for allocation in allocations:
-            image.note_move(allocation.cluster, moved)
-            image.refcounts.release(allocation.release)
+            self._image.refcounts.release(allocation.release)
         return again
 
     def _linked_meanwhile(
@@ -575,7 +572,9 @@ class Writer:
         if allocation.taken:
             self._image.refcounts.release([allocation.host >> self._bits])
 
-    def _store(self, index: int, allocations: Sequence[_Allocation]) -> None:
+    def _store(
+        self, index: int, allocations: Sequence[_Allocation], moved: list[tuple[int, int]]
+    ) -> None:
         if not allocations:
             return
         tables = self._tables
@@ -592,7 +591,7 @@ class Writer:
                 words[2 * place + 1] = bitmap & ~(allocation.fill << 32) | allocation.fill
             else:
                 words[place] = entry
-        tables.change(index, words)
+        self._image.remap(index, words, moved)
 
 
 def _gaps(low: int, high: int, parts: Sequence[_Part]) -> list[tuple[int, int]]:

@@ -154,10 +154,8 @@ class Zeroer:
         changed = sorted({word // width for word in words})
         gone = list(self._given_up(before, table, changed))
         self._image.require_data(sorted(gone))
-        for place in changed:
-            self._image.note_move(index * tables.l2_entries + place)
         try:
-            tables.change(index, {word: table[word] for word in words})
+            self._image.remap(index, {word: table[word] for word in words})
         except DriverError:
             # Some of it may have been written; if it can't be read, nothing is given up.
             gone = []
